@@ -1,0 +1,1 @@
+"""Checkpoint formats: one file each, writer and reader side by side."""
