@@ -1,4 +1,4 @@
-"""What commands show: progress on stderr (a bar on a terminal, plain lines elsewhere) and tables on stdout."""
+"""What commands show: progress on stderr (a bar on a terminal, else lines), tables on stdout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN_TABLE_WIDTH = 120  # without a terminal there is no width: wide enough tha
 
 
 class Advance(Protocol):
-    """Called by the work: ``advance(done, "what is being done now")``, ``done`` counted from the start."""
+    """Called by the work: ``advance(done, "what is done now")``, ``done`` counted from the start."""
 
     def __call__(self, done: float, note: str = "") -> None: ...
 
@@ -31,7 +31,7 @@ def is_interactive() -> bool:
 
 @contextmanager
 def progress(title: str, total: float) -> Iterator[Advance]:
-    """A progress display that ends with the block, and says how long it took when the block succeeded.
+    """A progress display that ends with the block, and says how long it took when that succeeded.
 
     total: in any unit, the one that ``done`` counts.
     """
@@ -77,7 +77,7 @@ def _plain_lines(title: str, total: float) -> Advance:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table to stdout. Columns after the first are aligned to the right when all their cells are numbers."""
+    """Print a table to stdout. Columns of numbers are aligned to the right, the first one never."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
     for index, column in enumerate(columns):
         numeric = index > 0 and all(isinstance(row[index], int | float) for row in rows)

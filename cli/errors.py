@@ -1,4 +1,4 @@
-"""What the command line does with an error: one line on stderr and an exit code that a script can rely on."""
+"""What the command line does with an error: one line on stderr, and an exit code to rely on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ExitCode(IntEnum):
     OK = 0
     """It worked."""
     ERROR = 1
-    """An unexpected failure of the system, or a bug: --debug before the command shows the traceback."""
+    """An unexpected failure of the system, or a bug: `qserve --debug ...` shows the traceback."""
     USAGE = 2
     """The command line is wrong: an unknown option, a missing argument, options that contradict."""
     MODEL = 3
@@ -35,14 +35,14 @@ class ExitCode(IntEnum):
 
 
 class CommandError(click.ClickException):
-    """An error that a command reports itself. The message says what was given, expected, and what to do."""
+    """An error that a command reports itself. The message: what was given, expected, what to do."""
 
     def __init__(self, message: str, code: ExitCode) -> None:
         super().__init__(message)
         self.exit_code = int(code)
 
 
-# By class name along the inheritance, so that classifying an error imports neither folder (nor torch).
+# By class name along the inheritance: classifying an error imports neither folder, nor torch.
 CODES_BY_CLASS = {
     "CalibrationError": ExitCode.CALIBRATION,
     "OptionError": ExitCode.USAGE,
@@ -60,7 +60,7 @@ CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES,
 def exit_code_for(error: BaseException) -> ExitCode | None:
     """The exit code of an expected error, None for one that is a bug.
 
-    Expected are the trees of ``quant.errors`` and ``serve.errors``, and what the system refuses (``OSError``).
+    Expected are the trees of ``quant.errors`` and ``serve.errors``, and ``OSError``.
     """
     for kind in type(error).__mro__:
         if kind.__module__.startswith("qserve.") and kind.__name__ in CODES_BY_CLASS:
@@ -79,7 +79,7 @@ def describe(error: BaseException) -> str:
 
 
 def report(error: BaseException, debug: bool) -> ExitCode:
-    """Print the error to stderr, with its traceback when ``debug``; return the exit code to leave with."""
+    """Print the error to stderr, with its traceback when ``debug``; return the exit code."""
     if debug:
         traceback.print_exception(error)
     code = exit_code_for(error)
@@ -92,5 +92,5 @@ def report(error: BaseException, debug: bool) -> ExitCode:
 
 
 def discard_output() -> None:
-    """Point stdout at nothing: its reader is gone, and Python would complain about that once more at exit."""
+    """Point stdout at nothing: its reader is gone, and Python would complain again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,7 +14,7 @@ from qserve.cli.errors import ExitCode, discard_output, report
 DISTRIBUTION = "qserve-llm"
 PROGRAM = "qserve"
 
-# name -> (module that has it as `command`, line in `qserve --help`). The help is here so that listing imports nothing.
+# name -> (module that has it as `command`, its line in `qserve --help`): listing imports nothing.
 COMMANDS = {
     "quantize": ("qserve.cli.quantize", "Quantize a model to 4 bits and write a checkpoint."),
     "eval": ("qserve.cli.evaluate", "Measure perplexity, and the distance to the float model."),
@@ -57,7 +57,7 @@ def cli(debug: bool) -> None:
 
 
 def run(arguments: Sequence[str]) -> ExitCode | int:
-    """Run one command line and return its exit code. Every error ends here, as one line on stderr."""
+    """Run one command line and return its exit code. Every error ends here, as a line on stderr."""
     debug = "--debug" in arguments
     try:
         result = cli.main(list(arguments), prog_name=PROGRAM, standalone_mode=False)

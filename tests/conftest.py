@@ -1,4 +1,4 @@
-"""Fixtures that every test folder shares: a tiny Llama checkpoint made here, from a seed, without the network."""
+"""Fixtures that every test folder shares: a tiny Llama checkpoint, made from a seed, offline."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MakeLlama = Callable[..., Path]
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 entries: 3 special tokens, 256 bytes, merges learned from the text above."""
+    """A byte-level BPE of 512 entries: 3 special tokens, 256 bytes, merges from the text above."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,7 +62,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tiny_llama(folder: Path, **overrides: Any) -> Path:
-    """Write a random Llama with its tokenizer to ``folder``; ``overrides`` go to ``LlamaConfig`` (and ``seed``)."""
+    """Write a random Llama and its tokenizer; ``overrides`` are ``LlamaConfig`` fields or ``seed``."""
     torch.manual_seed(overrides.pop("seed", 0))
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -89,13 +89,13 @@ def write_tiny_llama(folder: Path, **overrides: Any) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> None:
-    """Tests compare tiny tensors: a second thread costs more than it gives, and spins beside our own pool."""
+    """Tiny tensors: a second thread costs more than it gives, and spins beside our own pool."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def make_tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
-    """Writes variants of the tiny model: ``make_tiny_llama(tie_word_embeddings=True, seed=1)`` -> its folder."""
+    """Writes variants: ``make_tiny_llama(tie_word_embeddings=True, seed=1)`` gives their folder."""
 
     def make(**overrides: Any) -> Path:
         return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama"), **overrides)
@@ -105,5 +105,5 @@ def make_tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
 
 @pytest.fixture(scope="session")
 def tiny_llama(make_tiny_llama: MakeLlama) -> Path:
-    """A 2-layer Llama in bfloat16 with a tokenizer, a chat template and end-of-sequence ids 2 and 0. Do not write to it."""
+    """A 2-layer bfloat16 Llama with tokenizer and chat template; ids 2 and 0 end. Do not write to it."""
     return make_tiny_llama()
