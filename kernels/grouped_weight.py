@@ -1,4 +1,4 @@
-"""A quantized weight in the neutral form that every format is read into and every runtime layout is made from."""
+"""A quantized weight in the neutral form between the formats on disk and the layouts that run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class GroupedWeight:
     ``weight[n, k] = (codes[n, k] - zero_points[n, k // group_size]) * scales[n, k // group_size]``
 
     codes: uint8 ``[out_features, in_features]``, values in ``[0, 2**bits)``.
-    scales: float16, bfloat16 or float32 ``[out_features, in_features / group_size]``; may be negative, never zero.
+    scales: float16, bfloat16 or float32 ``[out_features, in_features / group_size]``; may be
+        negative, never zero.
     zero_points: uint8, the shape of ``scales``.
     Raises ``ValueError`` when the shapes do not close.
     """
@@ -30,8 +31,9 @@ class GroupedWeight:
         expected = (self.out_features, num_groups)
         if rest or self.scales.shape != expected or self.zero_points.shape != expected:
             raise ValueError(
-                f"codes {tuple(self.codes.shape)}, scales {tuple(self.scales.shape)} and zero points "
-                f"{tuple(self.zero_points.shape)} do not fit groups of {self.group_size}: expected scales {expected}"
+                f"codes {tuple(self.codes.shape)}, scales {tuple(self.scales.shape)} and zero "
+                f"points {tuple(self.zero_points.shape)} do not fit groups of {self.group_size}: "
+                f"expected scales {expected}"
             )
 
     @property
@@ -50,13 +52,13 @@ class GroupedWeight:
 
 
 def concatenate_rows(weights: list[GroupedWeight]) -> GroupedWeight:
-    """One weight that computes several linear layers of the same input: outputs one after the other."""
+    """One weight for several linear layers of the same input: their outputs one after the other."""
     first = weights[0]
     for weight in weights[1:]:
         if (weight.bits, weight.group_size) != (first.bits, first.group_size):
             raise ValueError(
-                f"cannot join {weight.bits} bits in groups of {weight.group_size} to {first.bits} bits in groups of "
-                f"{first.group_size}: layers of one input must agree"
+                f"cannot join {weight.bits} bits in groups of {weight.group_size} to {first.bits} "
+                f"bits in groups of {first.group_size}: layers of one input must agree"
             )
     return GroupedWeight(
         codes=torch.cat([w.codes for w in weights]),

@@ -1,8 +1,9 @@
 """Codes in 32-bit words: the only module that knows bit order.
 
-A packed axis is a dense little-endian bitstream: code ``i`` occupies stream bits ``bits*i .. bits*i + bits - 1``, so for
-2, 4 and 8 bits word ``w`` holds codes ``w * 32 / bits ...`` from its least significant field up (AutoGPTQ,
-compressed-tensors), and 3-bit codes may straddle two words.
+A packed axis is a dense little-endian bitstream: code ``i`` occupies stream bits
+``bits*i .. bits*i + bits - 1``, so for 2, 4 and 8 bits word ``w`` holds codes ``w * 32 / bits ...``
+from its least significant field up (AutoGPTQ, compressed-tensors), and 3-bit codes may straddle
+two words.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Words that hold ``codes`` along the last axis.
 
-    codes: integer ``[..., n]`` with values in ``[0, 2**bits)``; ``n * bits`` must be a multiple of 32.
-    Returns int32 ``[..., n * bits / 32]``. Raises ``ValueError`` for a count that does not fill whole words or for a
-    code out of range (an unchecked code would spill into its neighbour).
+    codes: integer ``[..., n]`` with values in ``[0, 2**bits)``; ``n * bits`` a multiple of 32.
+    Returns int32 ``[..., n * bits / 32]``. Raises ``ValueError`` for a count that does not fill
+    whole words or for a code out of range (an unchecked code would spill into its neighbour).
     """
     count = codes.shape[-1]
     if count * bits % WORD_BITS:
@@ -31,7 +32,8 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
         )
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
         raise ValueError(
-            f"codes span [{int(codes.min())}, {int(codes.max())}], expected [0, {(1 << bits) - 1}]: clamp before packing"
+            f"codes span [{int(codes.min())}, {int(codes.max())}], "
+            f"expected [0, {(1 << bits) - 1}]: clamp before packing"
         )
     period = math.lcm(bits, WORD_BITS)  # bits after which codes and words line up again
     fields = codes.to(torch.int64).unflatten(-1, (-1, period // bits))
@@ -49,7 +51,7 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first ``count`` codes held by ``words`` along the last axis: uint8 ``[..., count]``.
 
-    words: int32 ``[..., ceil(count * bits / 32)]``. Raises ``ValueError`` when the words are too few.
+    words: int32 ``[..., ceil(count * bits / 32)]``. Raises ``ValueError`` when they are too few.
     """
     held = words.shape[-1] * WORD_BITS // bits
     if held < count:
@@ -70,14 +72,13 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         field = groups[..., word] >> shift
         if shift + bits > WORD_BITS:
             field = field | groups[..., word + 1] << (WORD_BITS - shift)
-        codes[..., i] = (field & mask).to(
-            torch.uint8
-        )  # masked after the shift: the sign bit does not matter
+        # Masked after the shift, so that the sign bit an arithmetic shift drags along is gone.
+        codes[..., i] = (field & mask).to(torch.uint8)
     return codes.flatten(-2)[..., :count]
 
 
 def pack_awq(codes: torch.Tensor) -> torch.Tensor:
-    """AutoAWQ "gemm" words: 4-bit codes ``[..., n]`` to int32 ``[..., n / 8]``, fields in ``AWQ_ORDER``."""
+    """AutoAWQ "gemm" words: 4-bit codes ``[..., n]`` to int32 ``[..., n / 8]`` in ``AWQ_ORDER``."""
     if codes.shape[-1] % 8:
         raise ValueError(f"{codes.shape[-1]} codes do not fill whole words of 8: pad the axis")
     order = torch.tensor(AWQ_ORDER)
@@ -85,7 +86,7 @@ def pack_awq(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """The codes of AutoAWQ "gemm" words: int32 ``[..., w]`` to uint8 ``[..., 8 * w]`` in natural order."""
+    """The codes of AutoAWQ "gemm" words: int32 ``[..., w]`` to uint8 ``[..., 8 * w]``, in order."""
     natural = torch.empty(8, dtype=torch.long)
     natural[torch.tensor(AWQ_ORDER)] = torch.arange(8)
     fields = unpack_words(words, 4, words.shape[-1] * 8)
