@@ -19,7 +19,7 @@ PLAIN_TABLE_WIDTH = 120  # without a terminal there is no width: wide enough tha
 
 
 class Advance(Protocol):
-    """Called by the work: ``advance(done, "what is done now")``, ``done`` counted from the start."""
+    """The work calls it: ``advance(done, "what it does now")``, ``done`` counts from the start."""
 
     def __call__(self, done: float, note: str = "") -> None: ...
 

@@ -62,7 +62,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tiny_llama(folder: Path, **overrides: Any) -> Path:
-    """Write a random Llama and its tokenizer; ``overrides`` are ``LlamaConfig`` fields or ``seed``."""
+    """Write a random Llama and its tokenizer; ``overrides``: ``LlamaConfig`` fields or ``seed``."""
     torch.manual_seed(overrides.pop("seed", 0))
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -105,5 +105,5 @@ def make_tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
 
 @pytest.fixture(scope="session")
 def tiny_llama(make_tiny_llama: MakeLlama) -> Path:
-    """A 2-layer bfloat16 Llama with tokenizer and chat template; ids 2 and 0 end. Do not write to it."""
+    """A 2-layer bfloat16 Llama with tokenizer and chat template; ids 2 and 0 end. Read only."""
     return make_tiny_llama()

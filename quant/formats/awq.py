@@ -26,7 +26,8 @@ OUT_FEATURES_MULTIPLE = 32  # AutoAWQ's packer sizes its words as N // 32 * 4
 def config_block(group_size: int, ignored: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``, with AutoAWQ's keys.
 
-    ignored: full names of the linear modules left in 16 bits; readers match them in different ways, full names fit all.
+    ignored: full names of the linear modules left in 16 bits; readers match them in different
+    ways, full names fit all.
     """
     return {
         "quant_method": "awq",
@@ -39,13 +40,13 @@ def config_block(group_size: int, ignored: list[str]) -> dict[str, Any]:
 
 
 def group_size_from(config: Mapping[str, Any]) -> int:
-    """The group size a ``quantization_config`` states, after checking that it describes a 4-bit gemm file."""
+    """The group size of a ``quantization_config``, once it is known to be a 4-bit gemm one."""
     bits = config.get("bits", config.get("w_bit"))
     version = str(config.get("version", config.get("format", "gemm"))).lower()
     if bits != 4 or version != "gemm":
         raise UnsupportedModelError(
-            f"AWQ with {bits} bits in the {version!r} layout: only 4 bits in the 'gemm' layout can be read; "
-            "quantize the float checkpoint again"
+            f"AWQ with {bits} bits in the {version!r} layout: only 4 bits in the 'gemm' layout "
+            "can be read; quantize the float checkpoint again"
         )
     group_size = config.get("group_size", config.get("q_group_size"))
     if not isinstance(group_size, int) or group_size <= 0:
@@ -56,12 +57,16 @@ def group_size_from(config: Mapping[str, Any]) -> int:
 
 
 def pack(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """``qweight``, ``qzeros`` and ``scales`` of one linear layer. Raises ``ValueError`` unless it is 4-bit and N % 32 == 0."""
+    """``qweight``, ``qzeros`` and ``scales`` of one linear layer.
+
+    Raises ``ValueError`` unless it is 4-bit and N % 32 == 0.
+    """
     if weight.bits != 4:
         raise ValueError(f"AWQ gemm holds 4-bit codes, got {weight.bits} bits")
     if weight.out_features % OUT_FEATURES_MULTIPLE:
         raise ValueError(
-            f"AWQ gemm needs a multiple of {OUT_FEATURES_MULTIPLE} outputs, got {weight.out_features}"
+            f"AWQ gemm needs a multiple of {OUT_FEATURES_MULTIPLE} outputs, "
+            f"got {weight.out_features}"
         )
     return {
         "qweight": pack_awq(weight.codes.T.contiguous()),
@@ -73,7 +78,8 @@ def pack(weight: GroupedWeight) -> dict[str, torch.Tensor]:
 def unpack(tensors: Mapping[str, torch.Tensor], group_size: int, name: str) -> GroupedWeight:
     """The weight that ``qweight``, ``qzeros`` and ``scales`` of layer ``name`` hold.
 
-    Raises ``CheckpointError`` when a tensor is missing, the shapes do not close or a scale is zero or not finite.
+    Raises ``CheckpointError`` when a tensor is missing, the shapes do not close or a scale is zero
+    or not finite.
     """
     missing = [key for key in TENSORS if key not in tensors]
     if missing:
@@ -87,8 +93,9 @@ def unpack(tensors: Mapping[str, torch.Tensor], group_size: int, name: str) -> G
         or tuple(qzeros.shape) != (shape[0], num_words)
     ):
         raise CheckpointError(
-            f"{name}: qweight {tuple(qweight.shape)}, qzeros {tuple(qzeros.shape)}, scales {tuple(scales.shape)} do not "
-            f"fit groups of {group_size}: expected scales {shape}; config.json and the tensors disagree"
+            f"{name}: qweight {tuple(qweight.shape)}, qzeros {tuple(qzeros.shape)}, scales "
+            f"{tuple(scales.shape)} do not fit groups of {group_size}: expected scales {shape}; "
+            "config.json and the tensors disagree"
         )
     if not bool(torch.isfinite(scales).all()) or bool((scales == 0).any()):
         raise CheckpointError(

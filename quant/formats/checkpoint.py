@@ -1,4 +1,4 @@
-"""A checkpoint folder on disk: its config, and its tensors read one at a time from mapped safetensors files."""
+"""A checkpoint folder on disk: its config, and its tensors read one at a time from mapped files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUANTIZED_LINEAR_MARKS = (
 class Checkpoint:
     """Reads a Hugging Face folder of safetensors. Nothing is loaded until a tensor is asked for.
 
-    Raises ``CheckpointError`` for a missing folder, a folder that is not a model, a damaged file or index.
+    Raises ``CheckpointError`` for a missing folder, one that is no model, a damaged file or index.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -154,24 +154,29 @@ class Checkpoint:
 
     @cached_property
     def method(self) -> str | None:
-        """``awq`` for a checkpoint we can read packed, None for a float one. Raises ``UnsupportedModelError`` otherwise."""
+        """``awq`` for a checkpoint we can read packed, None for a float one.
+
+        Raises ``UnsupportedModelError`` for any other.
+        """
         block = self.quantization_config
         if block is None:
             marked = [name for name in self if name.endswith(QUANTIZED_LINEAR_MARKS)]
             if marked:
                 raise CheckpointError(
-                    f"{self.folder} holds packed tensors ({marked[0]}) but config.json has no quantization_config"
+                    f"{self.folder} holds packed tensors ({marked[0]}) but config.json has no "
+                    "quantization_config: the config is not the one they were written with"
                 )
             return None
         method = block.get("quant_method")
         if method != "awq":
             raise UnsupportedModelError(
-                f"{self.folder} is quantized with {method!r}: float and AWQ (gemm) checkpoints can be read"
+                f"{self.folder} is quantized with {method!r}: float and AWQ (gemm) checkpoints "
+                "can be read"
             )
         return "awq"
 
     def linear(self, name: str) -> GroupedWeight | torch.Tensor:
-        """The weight of linear layer ``name`` (no ``.weight``): packed codes, or a float tensor ``[N, K]``."""
+        """The weight of layer ``name`` (no ``.weight``): packed codes, or a float ``[N, K]``."""
         if self.method == "awq" and f"{name}.qweight" in self:
             assert self.quantization_config is not None
             group_size = awq.group_size_from(self.quantization_config)
