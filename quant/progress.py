@@ -1,0 +1,39 @@
+"""What a long run tells its caller while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+
+class Phase(Enum):
+    """The part of a run that is under way; the value reads well as a title."""
+
+    CALIBRATION = "calibration text"
+    QUANTIZE = "quantizing"
+    EVALUATE = "evaluating"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A step that has just been finished.
+
+    done, total: finished and expected steps of this phase (decoder blocks when quantizing).
+    error: relative output error of the block just quantized, in the unit of the report; None where there is none.
+    seconds_left: estimate for this phase, from the pace so far.
+    """
+
+    phase: Phase
+    done: int
+    total: int
+    seconds_left: float
+    error: float | None = None
+
+
+ProgressCallback: TypeAlias = Callable[[Progress], None]
+
+
+def ignore_progress(progress: Progress) -> None:
+    """A callback that shows nothing."""
