@@ -46,7 +46,7 @@ class GroupedWeight:
 
     def dequantize(self) -> torch.Tensor:
         """The float32 weight ``[out_features, in_features]`` that the codes stand for."""
-        groups = self.codes.unflatten(1, (-1, self.group_size)).float()
+        groups = self.codes.reshape(*self.scales.shape, self.group_size).float()
         groups = groups - self.zero_points[..., None].float()
         return (groups * self.scales[..., None].float()).flatten(1)
 

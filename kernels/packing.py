@@ -36,7 +36,7 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
             f"expected [0, {(1 << bits) - 1}]: clamp before packing"
         )
     period = math.lcm(bits, WORD_BITS)  # bits after which codes and words line up again
-    fields = codes.to(torch.int64).unflatten(-1, (-1, period // bits))
+    fields = _split_last(codes.to(torch.int64), period // bits)
     words = fields.new_zeros(*fields.shape[:-1], period // WORD_BITS)
     for i in range(period // bits):
         word, shift = divmod(i * bits, WORD_BITS)
@@ -63,9 +63,8 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if short := -words.shape[-1] % num_words:
         words = torch.nn.functional.pad(words, (0, short))
     mask = (1 << bits) - 1
-    groups = (words if 32 % bits == 0 else words.to(torch.int64) & 0xFFFFFFFF).unflatten(
-        -1, (-1, num_words)
-    )
+    straddling = WORD_BITS % bits != 0
+    groups = _split_last(words.to(torch.int64) & 0xFFFFFFFF if straddling else words, num_words)
     codes = torch.empty(*groups.shape[:-1], period // bits, dtype=torch.uint8)
     for i in range(period // bits):
         word, shift = divmod(i * bits, WORD_BITS)
@@ -82,7 +81,7 @@ def pack_awq(codes: torch.Tensor) -> torch.Tensor:
     if codes.shape[-1] % 8:
         raise ValueError(f"{codes.shape[-1]} codes do not fill whole words of 8: pad the axis")
     order = torch.tensor(AWQ_ORDER)
-    return pack_words(codes.unflatten(-1, (-1, 8))[..., order].flatten(-2), 4)
+    return pack_words(_split_last(codes, 8)[..., order].flatten(-2), 4)
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
@@ -90,4 +89,8 @@ def unpack_awq(words: torch.Tensor) -> torch.Tensor:
     natural = torch.empty(8, dtype=torch.long)
     natural[torch.tensor(AWQ_ORDER)] = torch.arange(8)
     fields = unpack_words(words, 4, words.shape[-1] * 8)
-    return fields.unflatten(-1, (-1, 8))[..., natural].flatten(-2)
+    return _split_last(fields, 8)[..., natural].flatten(-2)
+
+
+def _split_last(values: torch.Tensor, size: int) -> torch.Tensor:
+    return values.reshape(*values.shape[:-1], values.shape[-1] // size, size)

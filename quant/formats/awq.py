@@ -10,7 +10,7 @@ Tensors of a linear layer with K inputs and N outputs, groups of G inputs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.packing import pack_awq, unpack_awq
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 
+BITS = 4
+CODES_PER_WORD = 8
 TENSORS = ("qweight", "qzeros", "scales")
 OUT_FEATURES_MULTIPLE = 32  # AutoAWQ's packer sizes its words as N // 32 * 4
 
@@ -26,12 +28,12 @@ OUT_FEATURES_MULTIPLE = 32  # AutoAWQ's packer sizes its words as N // 32 * 4
 def config_block(group_size: int, ignored: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``, with AutoAWQ's keys.
 
-    ignored: full names of the linear modules left in 16 bits; readers match them in different
-    ways, full names fit all.
+    ignored: full names of the linear modules left in 16 bits. Readers match them in different
+        ways (substring, anchored pattern, ending); full names fit all of them.
     """
     return {
         "quant_method": "awq",
-        "bits": 4,
+        "bits": BITS,
         "group_size": group_size,
         "zero_point": True,
         "version": "gemm",
@@ -40,16 +42,19 @@ def config_block(group_size: int, ignored: list[str]) -> dict[str, Any]:
 
 
 def group_size_from(config: Mapping[str, Any]) -> int:
-    """The group size of a ``quantization_config``, once it is known to be a 4-bit gemm one."""
+    """The group size that a ``quantization_config`` states.
+
+    Raises ``UnsupportedModelError`` unless the block describes 4 bits in the gemm layout.
+    """
     bits = config.get("bits", config.get("w_bit"))
-    version = str(config.get("version", config.get("format", "gemm"))).lower()
-    if bits != 4 or version != "gemm":
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
+    if bits != BITS or version != "gemm":
         raise UnsupportedModelError(
             f"AWQ with {bits} bits in the {version!r} layout: only 4 bits in the 'gemm' layout "
             "can be read; quantize the float checkpoint again"
         )
     group_size = config.get("group_size", config.get("q_group_size"))
-    if not isinstance(group_size, int) or group_size <= 0:
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size <= 0:
         raise UnsupportedModelError(
             f"AWQ group_size {group_size!r}: expected a positive number such as 32, 64 or 128"
         )
@@ -59,45 +64,68 @@ def group_size_from(config: Mapping[str, Any]) -> int:
 def pack(weight: GroupedWeight) -> dict[str, torch.Tensor]:
     """``qweight``, ``qzeros`` and ``scales`` of one linear layer.
 
-    Raises ``ValueError`` unless it is 4-bit and N % 32 == 0.
+    Raises ``ValueError`` unless the weight has 4 bits, N % 32 == 0, codes and zero points within
+    4 bits, and scales that are finite and not zero in float16.
     """
-    if weight.bits != 4:
+    if weight.bits != BITS:
         raise ValueError(f"AWQ gemm holds 4-bit codes, got {weight.bits} bits")
     if weight.out_features % OUT_FEATURES_MULTIPLE:
         raise ValueError(
             f"AWQ gemm needs a multiple of {OUT_FEATURES_MULTIPLE} outputs, "
             f"got {weight.out_features}"
         )
+    scales = weight.scales.T.contiguous().to(torch.float16)
+    if not _usable(scales):
+        raise ValueError(
+            "a scale is zero, infinite or NaN in float16, which is what AWQ stores: expected "
+            "magnitudes of 6e-8 to 65504"
+        )
     return {
         "qweight": pack_awq(weight.codes.T.contiguous()),
         "qzeros": pack_awq(weight.zero_points.T.contiguous()),
-        "scales": weight.scales.T.contiguous().to(torch.float16),
+        "scales": scales,
     }
+
+
+def layer_shape(qweight_shape: Sequence[int], name: str) -> tuple[int, int]:
+    """``(out_features, in_features)`` of layer ``name``, from the shape of its ``qweight``."""
+    if len(qweight_shape) != 2:
+        raise CheckpointError(
+            f"{name}.qweight has shape {tuple(qweight_shape)}, expected [inputs, outputs / 8]: "
+            "config.json and the tensors disagree"
+        )
+    return qweight_shape[1] * CODES_PER_WORD, qweight_shape[0]
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], group_size: int, name: str) -> GroupedWeight:
     """The weight that ``qweight``, ``qzeros`` and ``scales`` of layer ``name`` hold.
 
-    Raises ``CheckpointError`` when a tensor is missing, the shapes do not close or a scale is zero
-    or not finite.
+    Raises ``CheckpointError`` when a tensor is missing, has another dtype, when the shapes do not
+    close, or when a scale is zero or not finite.
     """
     missing = [key for key in TENSORS if key not in tensors]
     if missing:
         raise CheckpointError(f"{name}: {', '.join(missing)} missing: the checkpoint is incomplete")
     qweight, qzeros, scales = (tensors[key] for key in TENSORS)
-    in_features, num_words = qweight.shape
-    shape = (in_features // group_size, num_words * 8)
     if (
-        in_features % group_size
-        or tuple(scales.shape) != shape
-        or tuple(qzeros.shape) != (shape[0], num_words)
+        qweight.dtype != torch.int32
+        or qzeros.dtype != torch.int32
+        or not scales.is_floating_point()
     ):
+        raise CheckpointError(
+            f"{name}: qweight {qweight.dtype}, qzeros {qzeros.dtype}, scales {scales.dtype}: "
+            "expected int32, int32 and float16; this is not AWQ's gemm layout"
+        )
+    out_features, in_features = layer_shape(qweight.shape, name)
+    shape = (in_features // group_size, out_features)
+    zeros_shape = (shape[0], qweight.shape[1])
+    if in_features % group_size or scales.shape != shape or qzeros.shape != zeros_shape:
         raise CheckpointError(
             f"{name}: qweight {tuple(qweight.shape)}, qzeros {tuple(qzeros.shape)}, scales "
             f"{tuple(scales.shape)} do not fit groups of {group_size}: expected scales {shape}; "
             "config.json and the tensors disagree"
         )
-    if not bool(torch.isfinite(scales).all()) or bool((scales == 0).any()):
+    if not _usable(scales):
         raise CheckpointError(
             f"{name}: scales hold zero, infinite or NaN values: the file is damaged"
         )
@@ -105,6 +133,10 @@ def unpack(tensors: Mapping[str, torch.Tensor], group_size: int, name: str) -> G
         codes=unpack_awq(qweight).T.contiguous(),
         scales=scales.T.contiguous(),
         zero_points=unpack_awq(qzeros).T.contiguous(),
-        bits=4,
+        bits=BITS,
         group_size=group_size,
     )
+
+
+def _usable(scales: torch.Tensor) -> bool:
+    return bool(torch.isfinite(scales).all()) and not bool((scales == 0).any())

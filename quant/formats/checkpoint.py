@@ -1,8 +1,9 @@
-"""A checkpoint folder on disk: its config, and its tensors read one at a time from mapped files."""
+"""A checkpoint folder on disk: its config, and tensors read one at a time from mapped files."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,10 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.formats import awq
 
+SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
+POINTER_START = b"version https://git-lfs"
 QUANTIZED_LINEAR_MARKS = (
     ".qweight",
     ".weight_packed",
@@ -28,7 +32,8 @@ QUANTIZED_LINEAR_MARKS = (
 class Checkpoint:
     """Reads a Hugging Face folder of safetensors. Nothing is loaded until a tensor is asked for.
 
-    Raises ``CheckpointError`` for a missing folder, one that is no model, a damaged file or index.
+    Raises ``CheckpointError`` for a missing folder, a folder that is not a model, a damaged file
+    or index; every property and method may, since files are opened when they are needed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,22 +44,8 @@ class Checkpoint:
             )
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is a file: expected a model folder with config.json")
-        self.config: dict[str, Any] = self._read_json("config.json")
-        self._files: dict[str, Any] = {}
-
-    def _read_json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{self.folder} is not a model folder: it has no {name}")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(
-                f"{path} is not valid JSON ({error}): the file is damaged"
-            ) from None
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object")
-        return content
+        self.config: dict[str, Any] = read_object(folder, "config.json")
+        self._files: dict[Path, Any] = {}
 
     @property
     def architecture(self) -> str:
@@ -72,50 +63,39 @@ class Checkpoint:
         block = self.config.get("quantization_config")
         if block is not None and not isinstance(block, dict):
             raise CheckpointError(
-                f"quantization_config holds {type(block).__name__}, expected an object"
+                f"{self.folder / 'config.json'}: quantization_config holds "
+                f"{type(block).__name__}, expected an object"
             )
         return block
 
     @cached_property
     def tensor_files(self) -> dict[str, Path]:
         """Tensor name -> the safetensors file that holds it, in file order."""
-        index = self.folder / INDEX
-        paths = sorted(self.folder.glob("*.safetensors"))
-        if index.is_file():
-            weight_map = self._read_json(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map: the index is damaged")
-            missing = sorted(
-                {name for name in weight_map.values() if not (self.folder / name).is_file()}
-            )
-            if missing:
-                raise CheckpointError(
-                    f"{self.folder} lacks {', '.join(missing)}, named in {INDEX}: fetch it again"
-                )
-            paths = sorted({self.folder / name for name in weight_map.values()})
-        if not paths:
-            raise CheckpointError(
-                f"{self.folder} holds no .safetensors file: convert the checkpoint to safetensors"
-            )
+        weight_map = read_weight_map(self.folder)
         found: dict[str, Path] = {}
-        for path in paths:
+        for path in list_weight_files(self.folder, weight_map):
             for name in self._open(path).keys():  # noqa: SIM118  (not a dict)
                 if name in found:
                     raise CheckpointError(
-                        f"{name} is in both {found[name].name} and {path.name}: keep one of them"
+                        f"{name} is in both {found[name].name} and {path.name} of {self.folder}: "
+                        "keep one of them"
                     )
                 found[name] = path
+        for name, file_name in weight_map.items():
+            if name not in found or found[name].name != file_name:
+                raise CheckpointError(
+                    f"{self.folder}: {INDEX} says that {file_name} holds {name}, and it does not: "
+                    "the files belong to different versions, fetch them again"
+                )
         return found
 
     def _open(self, path: Path) -> Any:
-        if path.name not in self._files:
+        if path not in self._files:
             try:
-                self._files[path.name] = safe_open(path, "pt").__enter__()
+                self._files[path] = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} cannot be read ({error}): the file is truncated or damaged"
-                ) from None
-        return self._files[path.name]
+                raise CheckpointError(explain_unreadable(path, error)) from None
+        return self._files[path]
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensor_files
@@ -123,29 +103,25 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensor_files)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the header alone."""
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        """The safetensors dtype of a tensor, such as ``BF16`` or ``I32``."""
-        return str(self._slice(name).get_dtype())
-
-    def _slice(self, name: str) -> Any:
+    def _file_of(self, name: str) -> Any:
         if name not in self.tensor_files:
             raise CheckpointError(
                 f"{self.folder} has no tensor {name}: the checkpoint is incomplete"
             )
-        return self._open(self.tensor_files[name]).get_slice(name)
+        return self._open(self.tensor_files[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header alone."""
+        return tuple(self._file_of(name).get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The safetensors dtype of a tensor, such as ``BF16`` or ``I32``, from the header alone."""
+        return str(self._file_of(name).get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in its stored dtype."""
-        if name not in self.tensor_files:
-            raise CheckpointError(
-                f"{self.folder} has no tensor {name}: the checkpoint is incomplete"
-            )
         try:
-            value: torch.Tensor = self._open(self.tensor_files[name]).get_tensor(name)
+            value: torch.Tensor = self._file_of(name).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{name} cannot be read from {self.tensor_files[name]}: {error}"
@@ -154,17 +130,17 @@ class Checkpoint:
 
     @cached_property
     def method(self) -> str | None:
-        """``awq`` for a checkpoint we can read packed, None for a float one.
+        """``awq`` for a checkpoint that we read packed, None for a float one.
 
-        Raises ``UnsupportedModelError`` for any other.
+        Raises ``UnsupportedModelError`` for any other quantization.
         """
         block = self.quantization_config
         if block is None:
             marked = [name for name in self if name.endswith(QUANTIZED_LINEAR_MARKS)]
             if marked:
                 raise CheckpointError(
-                    f"{self.folder} holds packed tensors ({marked[0]}) but config.json has no "
-                    "quantization_config: the config is not the one they were written with"
+                    f"{self.folder} holds packed tensors ({marked[0]}), but its config.json has no "
+                    "quantization_config: fetch the config.json that belongs to the weights"
                 )
             return None
         method = block.get("quant_method")
@@ -173,10 +149,14 @@ class Checkpoint:
                 f"{self.folder} is quantized with {method!r}: float and AWQ (gemm) checkpoints "
                 "can be read"
             )
+        awq.group_size_from(block)
         return "awq"
 
     def linear(self, name: str) -> GroupedWeight | torch.Tensor:
-        """The weight of layer ``name`` (no ``.weight``): packed codes, or a float ``[N, K]``."""
+        """The weight of linear layer ``name`` (no ``.weight``).
+
+        Packed codes where the checkpoint has them, else the float tensor ``[N, K]``.
+        """
         if self.method == "awq" and f"{name}.qweight" in self:
             assert self.quantization_config is not None
             group_size = awq.group_size_from(self.quantization_config)
@@ -185,3 +165,92 @@ class Checkpoint:
             }
             return awq.unpack(tensors, group_size, name)
         return self.tensor(f"{name}.weight")
+
+
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in file ``name`` of a model folder. Raises ``CheckpointError`` otherwise."""
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a model folder: it has no {name}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): the file is damaged") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def read_weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name as the index says it; empty for a folder without an index.
+
+    Raises ``CheckpointError`` for a damaged index, one that points out of the folder, or one
+    beside a ``model.safetensors`` that it does not name (readers disagree on which one counts).
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    weight_map = read_object(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map: the index is damaged, fetch it again")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(
+                f"{path} places {name} in {file_name!r}, expected the name of a file in the same "
+                "folder: the index is damaged, fetch it again"
+            )
+    if (folder / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
+        raise CheckpointError(
+            f"{folder} holds {SINGLE_FILE} beside the files that {INDEX} names: it is not clear "
+            "which of them is the model, remove one"
+        )
+    return weight_map
+
+
+def list_weight_files(folder: Path, weight_map: dict[str, str]) -> list[Path]:
+    """The safetensors files that make up the model, sorted.
+
+    Those that the index names; without one ``model.safetensors``; without that all of them.
+    Raises ``CheckpointError`` when there is none or when one of a numbered set is missing.
+    """
+    if weight_map:
+        names = set(weight_map.values())
+        told_by = INDEX
+    elif (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    else:
+        names = {path.name for path in folder.glob("*.safetensors")}
+        told_by = "the names of the other files"
+        for match in filter(None, map(SHARD_NAME.fullmatch, sorted(names))):
+            total = match["total"]
+            names |= {
+                f"{match['stem']}-{i:05d}-of-{total}.safetensors" for i in range(1, int(total) + 1)
+            }
+    if not names:
+        raise CheckpointError(
+            f"{folder} holds no .safetensors file: convert the checkpoint to safetensors"
+        )
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+        raise CheckpointError(
+            f"{folder} lacks {listed} (known from {told_by}): fetch the model again"
+        )
+    return sorted(folder / name for name in names)
+
+
+def explain_unreadable(path: Path, error: Exception) -> str:
+    """One line on why a safetensors file cannot be opened, in plain words where we know them."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER_START))
+    except OSError as refused:
+        return f"{path} cannot be read: {refused.strerror}"
+    if start == POINTER_START:
+        return f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+    if not start:
+        return f"{path} is empty: fetch it again"
+    detail = str(error).removeprefix("Error while deserializing header: ")
+    return f"{path} is not a whole safetensors file ({detail}): it is truncated or damaged"
