@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-import torch
-
 from qserve.kernels.activations import Activations
 
 
@@ -15,6 +13,14 @@ class HeadDtype(Enum):
 
     INT8 = "int8"  # 8-bit groups: half the bytes of a 16-bit head, read in full for every token
     FLOAT = "float"  # as the checkpoint holds it
+
+
+class KVDtype(Enum):
+    """How keys and values are kept in the cache; the values are torch's names."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class EngineConfig:
     activations: input of the quantized matmuls; None is int8 for a quantized checkpoint, float32
         for a 16-bit one.
     head_dtype: None is int8 for a quantized checkpoint, float for a 16-bit one.
-    kv_dtype: float16, bfloat16 or float32.
+    kv_dtype: half of float32's bytes is read for every token of context and loses nothing visible.
     """
 
     max_model_len: int | None = None
@@ -42,7 +48,7 @@ class EngineConfig:
     num_threads: int | None = None
     activations: Activations | None = None
     head_dtype: HeadDtype | None = None
-    kv_dtype: torch.dtype = torch.float16
+    kv_dtype: KVDtype = KVDtype.FLOAT16
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
