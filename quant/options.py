@@ -39,11 +39,13 @@ class CalibrationSource(Enum):
 class QuantizeOptions:
     """One quantization run.
 
-    group_size: inputs that share a scale; None takes the largest of 128, 64 and 32 that divides every layer.
+    group_size: inputs that share a scale; None takes the largest of 128, 64 and 32 that divides
+        every layer.
     calibration: a UTF-8 text file, or one of the sources that need no file. RTN reads none.
     num_samples, seq_len: calibration windows and their length in tokens.
     ignore: regular expressions; a linear layer stays in 16 bits when one is found in its full name
-        (``model.layers.0.mlp.down_proj``), together with the layers that serving engines fuse it with.
+        (``model.layers.0.mlp.down_proj``), together with the layers that serving engines fuse
+        it with.
     seed: of self-generated calibration text; nothing else is random.
     max_shard_bytes: a new safetensors file is begun beyond this size.
 
@@ -65,7 +67,7 @@ class QuantizeOptions:
             raise OptionError(f"bits {self.bits}: the AWQ format holds 4-bit weights; use 4")
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise OptionError(
-                f"group size {self.group_size}: expected 128, 64 or 32, the sizes every engine reads"
+                f"group size {self.group_size}: expected 128, 64 or 32, which every engine reads"
             )
         for name in ("num_samples", "max_shard_bytes"):
             if getattr(self, name) < 1:

@@ -21,7 +21,7 @@ class Progress:
     """A step that has just been finished.
 
     done, total: finished and expected steps of this phase (decoder blocks when quantizing).
-    error: relative output error of the block just quantized, in the unit of the report; None where there is none.
+    error: relative output error of the block just quantized; None where there is none.
     seconds_left: estimate for this phase, from the pace so far.
     """
 
