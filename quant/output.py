@@ -1,0 +1,224 @@
+"""A result folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from qserve.quant.errors import OutputError
+
+PARTIAL = ".partial"
+REPLACED = ".replaced"
+TOKEN_BYTES = 4
+
+# What the system answers when a file cannot grow or be made; anything else is not about the output.
+CANNOT_WRITE = {
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would exceed the size limit",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk reports an error",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EBUSY: "it is in use, perhaps as a mount point",
+}
+# safetensors writes in Rust and keeps the number only in the text of its error.
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def publish(out: Path, force: bool = False, *, protect: Sequence[Path] = ()) -> Iterator[Path]:
+    """A hidden folder beside ``out`` to write to, which becomes ``out`` when the block succeeds.
+
+    Before the block runs, ``out`` is checked (see ``check_output``), the folder is made in the
+    same file system, and what killed runs left there is removed. After the block all files are
+    flushed to the disk and the folder is renamed to ``out``; a folder that was there (``force``)
+    is renamed aside first and removed last, so that one of the two always exists in full. When the
+    block raises, the hidden folder is removed and ``out`` is as it was.
+
+    protect: files and folders that are being read, such as the model; ``out`` may not hold them.
+    Raises ``OutputError``, also in place of what the system raises for a full disk.
+    """
+    target = Path(os.path.realpath(out))
+    check_output(out, force, protect=protect)
+    try:
+        with _parent_of(target), _claimed_sibling(target) as folder:
+            check_output(out, force, protect=protect)  # an old ``out`` may have been put back
+            yield folder
+            _flush(folder)
+            with _alone_in(target.parent):
+                check_output(out, force, protect=protect)  # hours may have passed
+                _replace(target, folder)
+    except (OSError, SafetensorError) as error:
+        if (reason := _reason_against_writing(error)) is None:
+            raise
+        raise OutputError(
+            f"{out} cannot be written: {reason}; nothing is left behind, "
+            "free some space or choose another folder"
+        ) from error
+
+
+def check_output(out: Path, force: bool = False, *, protect: Sequence[Path] = ()) -> None:
+    """Raise ``OutputError`` unless ``out`` may be written: absent or an empty folder.
+
+    With ``force`` a model folder may be replaced, but nothing else: a slip of the keyboard must not
+    delete a home folder.
+    """
+    target = Path(os.path.realpath(out))
+    for path in map(Path, map(os.path.realpath, protect)):
+        if target == path:
+            raise OutputError(f"{out} is what is being read: choose another output folder")
+        if target.is_relative_to(path):
+            raise OutputError(f"{out} is inside {path}, which is being read: choose another folder")
+        if path.is_relative_to(target):
+            raise OutputError(f"{out} contains {path}, which is being read: choose another folder")
+    try:
+        content = sorted(os.listdir(target))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        where = "is a file" if target.is_file() else "leads through a file"
+        raise OutputError(f"{out} {where}: choose another output folder") from None
+    except OSError as error:
+        raise OutputError(f"{out} cannot be read: {error.strerror}") from None
+    if not content:
+        return
+    if not force:
+        raise OutputError(f"{out} exists and is not empty: choose another folder or add --force")
+    if "config.json" not in content:
+        raise OutputError(
+            f"{out} holds {content[0]} and no config.json: it is not a model folder, and --force "
+            "replaces nothing else; choose another folder"
+        )
+
+
+def _reason_against_writing(error: OSError | SafetensorError) -> str | None:
+    if isinstance(error, OSError):
+        return CANNOT_WRITE.get(error.errno or 0)
+    found = SYSTEM_ERROR.search(str(error))
+    return CANNOT_WRITE.get(int(found[1])) if found else None
+
+
+@contextmanager
+def _parent_of(target: Path) -> Iterator[None]:
+    """The parent folders of ``target`` exist; those made here are removed when the block raises."""
+    missing = [path for path in target.parents if not path.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # somebody else may have put something there meanwhile
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _claimed_sibling(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target``, locked while in use and gone after the block unless renamed.
+
+    The lock is how the next run tells a killed run's folder from one that is being written.
+    """
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(TOKEN_BYTES)}{PARTIAL}")
+    with ExitStack() as held:
+        with _alone_in(target.parent):
+            _clean(target)
+            folder.mkdir()
+            held.callback(shutil.rmtree, folder, ignore_errors=True)
+            held.enter_context(_locked(folder))
+        yield folder
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, which ends with the process at the latest.
+
+    Raises ``BlockingIOError`` when another process has it, unless told to wait.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(handle)
+
+
+def _alone_in(folder: Path) -> AbstractContextManager[None]:
+    """For the moments in which two runs that write to the same folder must not see each other."""
+    return _locked(folder, wait=True)
+
+
+def _clean(target: Path) -> None:
+    """Remove what killed runs left; put an old ``target`` back that one had renamed aside."""
+    for path in _leftovers(target, REPLACED):
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(target)
+    for path in _leftovers(target, PARTIAL):
+        try:
+            with _locked(path):
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            raise OutputError(
+                f"{target} is being written by another run at this moment: wait for it, or choose "
+                "another folder"
+            ) from None
+
+
+def _leftovers(target: Path, kind: str) -> list[Path]:
+    token = f"[0-9a-f]{{{2 * TOKEN_BYTES}}}"
+    name = re.compile(re.escape(f".{target.name}.") + token + re.escape(kind))
+    return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+
+
+def _flush(folder: Path) -> None:
+    """Write every file and folder through to the disk, so that a power cut cannot empty them.
+
+    Files get the permissions of the folder: safetensors makes them readable by the owner only.
+    """
+    readable = folder.stat().st_mode & 0o666
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            (Path(place) / name).chmod(readable)
+            _sync(Path(place) / name)
+        _sync(Path(place))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def _replace(target: Path, folder: Path) -> None:
+    """Rename ``folder`` to ``target``; a full ``target`` steps aside and is removed at the end."""
+    aside = target.with_name(folder.name.removesuffix(PARTIAL) + REPLACED)
+    occupied = target.exists() and any(target.iterdir())
+    if occupied:
+        target.rename(aside)
+    try:
+        folder.rename(target)  # over an empty folder too
+    except BaseException:
+        if occupied:
+            aside.rename(target)
+        raise
+    _sync(target.parent)
+    if occupied:
+        shutil.rmtree(aside, ignore_errors=True)
