@@ -12,26 +12,25 @@ import click
 
 
 class ExitCode(IntEnum):
-    """The exit codes of every ``qserve`` command."""
+    """The exit codes of every ``qserve`` command; ``meaning`` is what the documentation says."""
 
-    OK = 0
-    """It worked."""
-    ERROR = 1
-    """An unexpected failure of the system, or a bug: `qserve --debug ...` shows the traceback."""
-    USAGE = 2
-    """The command line is wrong: an unknown option, a missing argument, options that contradict."""
-    MODEL = 3
-    """The model cannot be found, read or handled."""
-    CALIBRATION = 4
-    """The calibration or evaluation text does not do."""
-    OUTPUT = 5
-    """The result cannot be written where it was asked."""
-    SERVE = 6
-    """The server cannot start, or it failed."""
-    GATE = 7
-    """The result is worse than the limit that was given."""
-    INTERRUPTED = 130
-    """Stopped with Ctrl-C."""
+    meaning: str
+
+    OK = 0, "It worked."
+    ERROR = 1, "The system failed, or a bug: `qserve --debug COMMAND ...` shows the traceback."
+    USAGE = 2, "The command line is wrong: an option unknown, missing, or contradicting another."
+    MODEL = 3, "The model cannot be found, read or handled."
+    CALIBRATION = 4, "The calibration or evaluation text does not do."
+    OUTPUT = 5, "The result cannot be written where it was asked."
+    SERVE = 6, "The server cannot start, or it failed."
+    GATE = 7, "The result is worse than the limit that was given."
+    INTERRUPTED = 130, "Stopped with Ctrl-C."
+
+    def __new__(cls, code: int, meaning: str) -> ExitCode:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
 
 
 class CommandError(click.ClickException):
@@ -39,7 +38,7 @@ class CommandError(click.ClickException):
 
     def __init__(self, message: str, code: ExitCode) -> None:
         super().__init__(message)
-        self.exit_code = int(code)
+        self.exit_code = int(code)  # type: ignore[misc]  # click declares it on the class
 
 
 # By class name along the inheritance: classifying an error imports neither folder, nor torch.

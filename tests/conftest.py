@@ -80,7 +80,7 @@ def write_tiny_llama(folder: Path, **overrides: Any) -> Path:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).bfloat16()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 0], pad_token_id=0)
     model.save_pretrained(folder)
     train_tokenizer().save_pretrained(folder)

@@ -1,0 +1,65 @@
+"""Write the pages of docs/reference/ that come from the code: what `make docs` calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from qserve.cli.errors import ExitCode
+from qserve.cli.main import COMMANDS, PROGRAM, cli
+
+REFERENCE = Path(__file__).resolve().parent / "reference"
+WIDTH = 100  # so that the pages do not depend on who runs this
+
+
+def command_line() -> str:
+    """The page about the command line: every command's own help, and the exit codes."""
+    context = click.Context(cli, info_name=PROGRAM, terminal_width=WIDTH, max_content_width=WIDTH)
+    parts = [
+        "# Command line",
+        "Written by `make docs` from the commands' own help: change it there.",
+        _help_block(PROGRAM, cli, context),
+    ]
+    for name in COMMANDS:
+        command = cli.get_command(context, name)
+        assert command is not None
+        child = click.Context(
+            command,
+            info_name=name,
+            parent=context,
+            terminal_width=WIDTH,
+            max_content_width=WIDTH,
+        )
+        parts.append(_help_block(f"{PROGRAM} {name}", command, child))
+    parts += ["## Exit codes", _exit_codes()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _help_block(title: str, command: click.Command, context: click.Context) -> str:
+    return f"## {title}\n\n```\n{command.get_help(context)}\n```"
+
+
+def _exit_codes() -> str:
+    rows = [f"| {int(code)} | `{code.name}` | {code.meaning} |" for code in ExitCode]
+    return "\n".join(["| code | name | means |", "|---:|---|---|", *rows])
+
+
+PAGES = {"cli.md": command_line}
+
+
+def main() -> int:
+    """Write the pages that differ and name them."""
+    REFERENCE.mkdir(exist_ok=True)
+    for name, render in PAGES.items():
+        path = REFERENCE / name
+        text = render()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(REFERENCE.parent.parent)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
