@@ -117,7 +117,8 @@ def log_softmax(logits: Row) -> Row:
     """``logits - log(sum(exp(logits)))``, the sum in double precision. float32 ``[vocab_size]``."""
     shifted = logits - logits.max()
     total = np.log(np.exp(shifted).sum(dtype=np.float64))
-    return shifted - np.float32(total)
+    shifted -= np.float32(total)
+    return shifted
 
 
 def most_likely(logprobs: Row, count: int) -> NDArray[np.int64]:
@@ -158,7 +159,8 @@ def nucleus(weights: Row, top_p: float) -> NDArray[np.int64]:
 def invert(weights: Row, uniform: float) -> int:
     """The position where the running sum of ``weights`` passes ``uniform`` of the total.
 
-    uniform: in [0, 1). One random number a token, whatever the vocabulary. A position of weight 0 is never given.
+    uniform: in [0, 1). One random number a token, whatever the vocabulary. A position of weight 0
+    is never given.
     """
     mass = np.cumsum(weights, dtype=np.float64)
     target = min(uniform * mass[-1], np.nextafter(mass[-1], 0.0))
