@@ -1,0 +1,38 @@
+"""The native paged attention."""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.kernels.kv_cache import LayerCache
+from qserve.kernels.native import extension
+
+HEAD_DIM_MULTIPLE = 16
+"""Heads are walked in vectors of 16 lanes; other widths run on the reference."""
+
+
+def paged_attention(
+    q: torch.Tensor,
+    kv: LayerCache,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Writes the attention output of every query row to ``out``; see the public op."""
+    extension().paged_attention(
+        q.data_ptr(),
+        q.stride(0),
+        q.size(0),
+        q.size(1),
+        kv.handle,
+        block_tables.data_ptr(),
+        block_tables.size(1),
+        context_lens.data_ptr(),
+        cu_seqlens_q.data_ptr(),
+        context_lens.size(0),
+        scale,
+        out.data_ptr(),
+        out.stride(0),
+    )

@@ -1,0 +1,41 @@
+"""Root-mean-square norm, with the addition to the residual stream before it."""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.kernels.backend import Backend, choose
+from qserve.kernels.rms_norm import cpu, reference
+from qserve.kernels.rows import check_output, check_rows
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``y[m, h] = r[m, h] / sqrt(mean_h(r[m, h] ** 2) + eps) * weight[h]`` (Zhang and Sennrich
+    2019)
+
+    x: ``[M, H]`` with contiguous rows. r is ``x``; with a ``residual [M, H]``, x is added to it in
+    place and r is the sum. weight: ``[H]``, float32 on a CPU. out: ``[M, H]``, written and
+    returned; may be ``x``. Raises ``ValueError`` for shapes and ``TypeError`` for dtypes that do
+    not fit.
+    """
+    width = x.size(-1)
+    check_rows("x", x, width)
+    out = check_output(x, width, out)
+    if residual is not None:
+        check_output(x, width, residual)
+    if weight.dim() != 1 or weight.size(0) != width:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [{width}]")
+    if choose("rms_norm", x.device).backend is Backend.CPU:
+        cpu.rms_norm(x, weight, eps, residual, out)
+    else:
+        reference.rms_norm(x, weight, eps, residual, out)
+    return out

@@ -1,0 +1,31 @@
+"""The native root-mean-square norm."""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.kernels.native import extension
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Writes the norm of ``x``, or of ``residual + x`` which replaces ``residual``, to ``out``."""
+    if weight.dtype is not torch.float32:
+        raise TypeError(f"weight is {weight.dtype}, expected float32 on a CPU")
+    extension().rms_norm(
+        x.data_ptr(),
+        x.stride(0),
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+        weight.data_ptr(),
+        eps,
+        out.data_ptr(),
+        out.stride(0),
+        x.size(0),
+        x.size(1),
+    )
