@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Items
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.serve.block_manager import BlockManager
+from qserve.serve.config import EngineConfig
 from qserve.serve.errors import BadRequest, ServeError
 from qserve.serve.messages import (
     AddRequest,
@@ -18,6 +22,7 @@ from qserve.serve.messages import (
     RequestFailed,
     TokenLogprobs,
 )
+from qserve.serve.model_runner import ModelRunner, read_eos_token_ids
 from qserve.serve.sampler import TokenSampler
 from qserve.serve.scheduler import Chunk, Scheduler
 from qserve.serve.sequence import Sequence
@@ -55,6 +60,22 @@ class Engine:
         self._samplers: dict[str, TokenSampler] = {}
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: Path, config: EngineConfig, eos_token_ids: frozenset[int] | None = None
+    ) -> Engine:
+        """An engine for the model in ``folder``.
+
+        eos_token_ids: None takes those of the checkpoint's configs. Raises ``CheckpointError`` for
+        a model that cannot be served, ``KVCacheTooSmall`` when memory does not suffice.
+        """
+        checkpoint = Checkpoint(folder)
+        runner = ModelRunner(checkpoint, config)
+        blocks = BlockManager(runner.plan.num_blocks, runner.plan.block_size)
+        if eos_token_ids is None:
+            eos_token_ids = read_eos_token_ids(checkpoint)
+        return cls(runner, Scheduler(runner.limits, blocks), eos_token_ids)
 
     @property
     def max_model_len(self) -> int:

@@ -115,7 +115,7 @@ class TokenSampler:
 
 def log_softmax(logits: Row) -> Row:
     """``logits - log(sum(exp(logits)))``, the sum in double precision. float32 ``[vocab_size]``."""
-    shifted = logits - logits.max()
+    shifted: Row = logits - logits.max()
     total = np.log(np.exp(shifted).sum(dtype=np.float64))
     shifted -= np.float32(total)
     return shifted

@@ -1,0 +1,78 @@
+"""A model, its KV cache and the batches that go through them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as Items
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qserve.kernels import native
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.serve.batch import BatchBuilder
+from qserve.serve.config import EngineConfig
+from qserve.serve.kv_cache_allocation import (
+    KVCachePlan,
+    allocate_kv_cache,
+    free_memory,
+    plan_kv_cache,
+)
+from qserve.serve.models.llama import LlamaModel
+from qserve.serve.models.llama_config import LlamaConfig
+from qserve.serve.scheduler import Chunk, Limits
+from qserve.serve.weights import WeightReader
+
+
+class ModelRunner:
+    """Computes chunks of sequences: batch, forward pass, logits.
+
+    plan: the size of the KV cache. limits: what a step may hold.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
+        """Load the model and allocate its cache.
+
+        Raises ``CheckpointError`` for a checkpoint that cannot be served, ``KVCacheTooSmall`` when
+        memory does not suffice.
+        """
+        if config.num_threads is not None and native.available():
+            native.set_num_threads(config.num_threads)
+        model_config = LlamaConfig.from_json(checkpoint.config, checkpoint.architecture)
+        weights = WeightReader(checkpoint, config.activations, config.head_dtype)
+        weight_bytes = sum(file.stat().st_size for file in set(checkpoint.tensor_files.values()))
+        self.plan: KVCachePlan = plan_kv_cache(model_config, config, free_memory() - weight_bytes)
+        self.limits = Limits(
+            config.max_num_seqs, config.max_num_batched_tokens, self.plan.max_model_len
+        )
+        self.vocab_size = model_config.vocab_size
+        self._model = LlamaModel(
+            model_config,
+            weights,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            self.plan.max_model_len,
+        )
+        dtype: torch.dtype = getattr(torch, config.kv_dtype.value)
+        self._caches = allocate_kv_cache(model_config, self.plan, dtype)
+        self._batches = BatchBuilder(self.limits, config.block_size)
+
+    def run(self, chunks: Items[Chunk]) -> NDArray[np.float32]:
+        """Compute the chunks; see ``engine.Runner``."""
+        batch = self._batches.build(chunks)
+        logits: NDArray[np.float32] = self._model.forward(batch, self._caches).numpy()
+        return logits
+
+
+def read_eos_token_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """The end-of-sequence tokens that ``generation_config.json`` and ``config.json`` name."""
+    configs = [checkpoint.config]
+    path = checkpoint.folder / "generation_config.json"
+    if path.is_file():
+        configs.append(json.loads(path.read_text(encoding="utf-8")))
+    found: set[int] = set()
+    for config in configs:
+        ids = config.get("eos_token_id")
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(found)

@@ -1,0 +1,1 @@
+"""One file an architecture, read top to bottom."""

@@ -1,0 +1,154 @@
+"""The Llama family: Llama, SmolLM, TinyLlama, Mistral without a sliding window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qserve.kernels.kv_cache import LayerCache
+from qserve.kernels.kv_store import rope_and_store, rope_table
+from qserve.kernels.paged_attention import paged_attention
+from qserve.kernels.rms_norm import rms_norm
+from qserve.kernels.silu_mul import silu_mul
+from qserve.serve.batch import Batch
+from qserve.serve.models.llama_config import LlamaConfig
+from qserve.serve.weights import WeightReader
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Where the layers write, a row for each token of the step; float32, contiguous rows."""
+
+    embedded: torch.Tensor  # [num_tokens, hidden_size], in the dtype of the embedding
+    residual: torch.Tensor  # [num_tokens, hidden_size]
+    normed: torch.Tensor  # [num_tokens, hidden_size]
+    update: torch.Tensor  # [num_tokens, hidden_size], what a layer adds to the residual
+    qkv: torch.Tensor  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+    q: torch.Tensor  # [num_tokens, num_heads * head_dim], a view into qkv
+    attended: torch.Tensor  # [num_tokens, num_heads * head_dim]
+    gate_up: torch.Tensor  # [num_tokens, 2 * intermediate_size]
+    activated: torch.Tensor  # [num_tokens, intermediate_size]
+
+
+class LlamaLayer:
+    """Attention and feed-forward of one layer, each with its norm before it."""
+
+    def __init__(self, config: LlamaConfig, weights: WeightReader, name: str) -> None:
+        hidden, inner = config.hidden_size, config.intermediate_size
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        self.eps = config.rms_norm_eps
+        self.scale = config.head_dim**-0.5
+        self.input_norm = weights.norm(f"{name}.input_layernorm", hidden)
+        self.qkv = weights.linear(
+            f"{attention}.q_proj",
+            f"{attention}.k_proj",
+            f"{attention}.v_proj",
+            shape=(q_size + 2 * kv_size, hidden),
+        )
+        self.o = weights.linear(f"{attention}.o_proj", shape=(hidden, q_size))
+        self.post_norm = weights.norm(f"{name}.post_attention_layernorm", hidden)
+        self.gate_up = weights.linear(
+            f"{mlp}.gate_proj", f"{mlp}.up_proj", shape=(2 * inner, hidden)
+        )
+        self.down = weights.linear(f"{mlp}.down_proj", shape=(hidden, inner))
+
+    def forward(self, b: Buffers, kv: LayerCache, cos_sin: torch.Tensor, batch: Batch) -> None:
+        """Read ``b.normed``, the normed residual; leave what to add to it in ``b.update``."""
+        self.qkv(b.normed, b.qkv)
+        rope_and_store(b.qkv, batch.positions, cos_sin, kv, batch.slot_mapping)
+        paged_attention(
+            b.q,
+            kv,
+            batch.block_tables,
+            batch.context_lens,
+            batch.cu_seqlens_q,
+            scale=self.scale,
+            out=b.attended,
+        )
+        self.o(b.attended, b.update)
+        rms_norm(b.update, self.post_norm, self.eps, residual=b.residual, out=b.normed)
+        self.gate_up(b.normed, b.gate_up)
+        silu_mul(b.gate_up, out=b.activated)
+        self.down(b.activated, b.update)
+
+
+class LlamaModel:
+    """Embedding, layers, final norm and output head, with the buffers for one step.
+
+    max_model_len: positions that occur. max_num_tokens: rows of a batch at most. max_num_samples:
+    rows whose logits are wanted at most.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: WeightReader,
+        max_num_tokens: int,
+        max_num_samples: int,
+        max_model_len: int,
+    ) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self.config = config
+        self.embedding = weights.embedding("model.embed_tokens", shape)
+        self.layers = [
+            LlamaLayer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)
+        ]
+        self.norm = weights.norm("model.norm", config.hidden_size)
+        head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+        self.head = weights.head(head, shape)
+        self.cos_sin = rope_table(
+            config.head_dim, max_model_len, config.rope_theta, config.rope_scaling
+        )
+        self._buffers = self._allocate(max_num_tokens)
+        self._views: dict[int, Buffers] = {}
+        self._samples = torch.empty(max_num_samples, config.hidden_size)
+        self._logits = torch.empty(max_num_samples, config.vocab_size)
+
+    def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
+        """Compute a batch and store its keys and values.
+
+        Returns float32 logits ``[num_samples, vocab_size]`` of ``batch.sample_rows``, valid until
+        the next call.
+        """
+        b = self._rows(batch.token_ids.size(0))
+        eps = self.config.rms_norm_eps
+        torch.index_select(self.embedding, 0, batch.token_ids, out=b.embedded)
+        b.residual.copy_(b.embedded)
+        rms_norm(b.residual, self.layers[0].input_norm, eps, out=b.normed)
+        for i, layer in enumerate(self.layers):
+            if i:
+                rms_norm(b.update, layer.input_norm, eps, residual=b.residual, out=b.normed)
+            layer.forward(b, caches[i], self.cos_sin, batch)
+        rms_norm(b.update, self.norm, eps, residual=b.residual, out=b.normed)
+        num_samples = batch.sample_rows.size(0)
+        samples, logits = self._samples[:num_samples], self._logits[:num_samples]
+        torch.index_select(b.normed, 0, batch.sample_rows, out=samples)
+        return self.head(samples, logits) if num_samples else logits
+
+    def _allocate(self, num_tokens: int) -> Buffers:
+        config = self.config
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        qkv = torch.empty(num_tokens, q_size + 2 * kv_size)
+        return Buffers(
+            embedded=torch.empty(num_tokens, config.hidden_size, dtype=self.embedding.dtype),
+            residual=torch.empty(num_tokens, config.hidden_size),
+            normed=torch.empty(num_tokens, config.hidden_size),
+            update=torch.empty(num_tokens, config.hidden_size),
+            qkv=qkv,
+            q=qkv[:, :q_size],
+            attended=torch.empty(num_tokens, q_size),
+            gate_up=torch.empty(num_tokens, 2 * config.intermediate_size),
+            activated=torch.empty(num_tokens, config.intermediate_size),
+        )
+
+    def _rows(self, num_tokens: int) -> Buffers:
+        """The first rows of every buffer; remembered, since decode asks for the same few counts."""
+        if num_tokens not in self._views:
+            names = Buffers.__dataclass_fields__
+            rows = {name: getattr(self._buffers, name)[:num_tokens] for name in names}
+            self._views[num_tokens] = Buffers(**rows)
+        return self._views[num_tokens]
