@@ -1,8 +1,8 @@
 """The text that calibrates quantization unless the user gives one: written for this project.
 
 About 80 KB in ten kinds: reference prose, essays, stories, conversations, news, technical writing,
-code, mathematics, other languages, letters and lists. What a layer sees while it is calibrated decides
-which of its weights are kept exact, so the kinds are those a served model meets.
+code, mathematics, other languages, letters and lists. What a layer sees while it is calibrated
+decides which of its weights are kept exact, so the kinds are those a served model meets.
 """
 
 from __future__ import annotations
