@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,6 @@ from qserve.serve.errors import BadRequest, StartupError
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how vocabularies with byte fallback write a byte
 WORD_START = "\u2581"  # how a SentencePiece vocabulary writes a space
-# What a request may not hand to the template: these names are arguments of the renderer itself.
-RESERVED_TEMPLATE_NAMES = frozenset(
-    "conversation tools documents chat_template add_generation_prompt continue_final_message "
-    "tokenize sanitize_control_tokens padding truncation max_length return_tensors return_dict "
-    "return_assistant_tokens_mask tokenizer_kwargs messages".split()
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +52,9 @@ class Tokenizer:
         self._backend.no_truncation()  # some checkpoints ship with the limits of their training
         self._backend.no_padding()
         self.chat_template: str | None = chat_template or self._template()
+        # What a request may not hand to the template: these are arguments of the renderer itself.
+        renderer = inspect.signature(self._tokenizer.apply_chat_template)
+        self._reserved_names = {*renderer.parameters, "messages"}
         self._is_byte_level = "ByteLevel" in _decoder_types(self._backend.decoder)
         self._added = {
             number: token.content
@@ -64,7 +62,7 @@ class Tokenizer:
         }
 
     def _template(self) -> str | None:
-        template = self._tokenizer.chat_template
+        template: str | dict[str, str] | None = self._tokenizer.chat_template
         if isinstance(template, dict):  # several by name: the unnamed use is "default"
             template = template.get("default")
         return template
@@ -120,7 +118,7 @@ class Tokenizer:
                 "--chat-template FILE",
                 "messages",
             )
-        reserved = sorted(RESERVED_TEMPLATE_NAMES.intersection(options.template_kwargs))
+        reserved = sorted(self._reserved_names.intersection(options.template_kwargs))
         if reserved:
             raise BadRequest(
                 f"chat_template_kwargs sets {reserved[0]!r}, which is not the template's to have",
