@@ -87,14 +87,26 @@ def pack(weight: GroupedWeight) -> dict[str, torch.Tensor]:
     }
 
 
-def layer_shape(qweight_shape: Sequence[int], name: str) -> tuple[int, int]:
-    """``(out_features, in_features)`` of layer ``name``, from the shape of its ``qweight``."""
-    if len(qweight_shape) != 2:
+def layer_shape(shapes: Mapping[str, Sequence[int]], group_size: int, name: str) -> tuple[int, int]:
+    """``(out_features, in_features)`` of layer ``name``, from the shapes of its three tensors.
+
+    Raises ``CheckpointError`` when a tensor is missing or the shapes do not close.
+    """
+    missing = [key for key in TENSORS if key not in shapes]
+    if missing:
+        raise CheckpointError(f"{name}: {', '.join(missing)} missing: the checkpoint is incomplete")
+    qweight, qzeros, scales = (tuple(shapes[key]) for key in TENSORS)
+    in_features, num_words = qweight if len(qweight) == 2 else (0, 0)
+    num_groups, rest = divmod(in_features, group_size)
+    out_features = num_words * CODES_PER_WORD
+    closes = qzeros == (num_groups, num_words) and scales == (num_groups, out_features)
+    if rest or not num_groups or not closes:
         raise CheckpointError(
-            f"{name}.qweight has shape {tuple(qweight_shape)}, expected [inputs, outputs / 8]: "
-            "config.json and the tensors disagree"
+            f"{name}: qweight {qweight}, qzeros {qzeros} and scales {scales} do not fit groups of "
+            f"{group_size}: expected [inputs, outputs/8], [inputs/{group_size}, outputs/8] and "
+            f"[inputs/{group_size}, outputs]; config.json and the tensors disagree"
         )
-    return qweight_shape[1] * CODES_PER_WORD, qweight_shape[0]
+    return out_features, in_features
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], group_size: int, name: str) -> GroupedWeight:
@@ -103,27 +115,12 @@ def unpack(tensors: Mapping[str, torch.Tensor], group_size: int, name: str) -> G
     Raises ``CheckpointError`` when a tensor is missing, has another dtype, when the shapes do not
     close, or when a scale is zero or not finite.
     """
-    missing = [key for key in TENSORS if key not in tensors]
-    if missing:
-        raise CheckpointError(f"{name}: {', '.join(missing)} missing: the checkpoint is incomplete")
+    layer_shape({key: tensor.shape for key, tensor in tensors.items()}, group_size, name)
     qweight, qzeros, scales = (tensors[key] for key in TENSORS)
-    if (
-        qweight.dtype != torch.int32
-        or qzeros.dtype != torch.int32
-        or not scales.is_floating_point()
-    ):
+    if {qweight.dtype, qzeros.dtype} != {torch.int32} or not scales.is_floating_point():
         raise CheckpointError(
             f"{name}: qweight {qweight.dtype}, qzeros {qzeros.dtype}, scales {scales.dtype}: "
             "expected int32, int32 and float16; this is not AWQ's gemm layout"
-        )
-    out_features, in_features = layer_shape(qweight.shape, name)
-    shape = (in_features // group_size, out_features)
-    zeros_shape = (shape[0], qweight.shape[1])
-    if in_features % group_size or scales.shape != shape or qzeros.shape != zeros_shape:
-        raise CheckpointError(
-            f"{name}: qweight {tuple(qweight.shape)}, qzeros {tuple(qzeros.shape)}, scales "
-            f"{tuple(scales.shape)} do not fit groups of {group_size}: expected scales {shape}; "
-            "config.json and the tensors disagree"
         )
     if not _usable(scales):
         raise CheckpointError(

@@ -1,0 +1,153 @@
+"""AutoAWQ's gemm format: words as its owner packs them, and tensors that contradict each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.quant.errors import CheckpointError, UnsupportedModelError
+from qserve.quant.formats import awq
+from qserve.quant.formats.checkpoint import Checkpoint
+
+Tensors = dict[str, torch.Tensor]
+
+
+def random_weight(out_features: int = 64, in_features: int = 96) -> GroupedWeight:
+    """Codes and zero points over their whole range, in groups of 32."""
+    draw = torch.Generator().manual_seed(0)
+    groups = (out_features, in_features // 32)
+    return GroupedWeight(
+        codes=torch.randint(0, 16, (out_features, in_features), generator=draw, dtype=torch.uint8),
+        scales=(torch.rand(groups, generator=draw) + 0.01).half(),
+        zero_points=torch.randint(0, 16, groups, generator=draw, dtype=torch.uint8),
+        bits=4,
+        group_size=32,
+    )
+
+
+def test_unpacking_gives_back_what_was_packed() -> None:
+    weight = random_weight()
+    read = awq.unpack(awq.pack(weight), 32, "layer")
+    assert torch.equal(read.codes, weight.codes)
+    assert torch.equal(read.zero_points, weight.zero_points)
+    assert torch.equal(read.scales, weight.scales)
+
+
+def test_words_are_those_of_autoawq() -> None:
+    codes = torch.tensor([1, 15, 7, 8, 0, 3, 12, 9] * 4, dtype=torch.uint8)[:, None]
+    weight = GroupedWeight(
+        codes=codes.expand(32, 32).contiguous(),
+        scales=torch.ones(32, 1),
+        zero_points=(torch.arange(32) % 8)[:, None].to(torch.uint8),
+        bits=4,
+        group_size=32,
+    )
+    tensors = awq.pack(weight)
+    # Both words were computed with AutoAWQ 0.2.9: 0x938FC071 and 0x75316420.
+    assert tensors["qweight"].unique().tolist() == [-1819295631]
+    assert tensors["qzeros"].tolist() == [[0x75316420] * 4]
+    assert tensors["qweight"].shape == (32, 4)
+    assert tensors["scales"].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (lambda: random_weight(out_features=48), "multiple of 32 outputs, got 48"),
+        (lambda: changed(random_weight(), bits=8), "4-bit codes, got 8"),
+        (lambda: changed(random_weight(), scale=1e-9), "zero, infinite or NaN"),
+        (lambda: changed(random_weight(), scale=1e9), "zero, infinite or NaN"),
+        (lambda: changed(random_weight(), code=16), r"\[0, 15\]"),
+    ],
+)
+def test_weights_that_the_format_cannot_hold_are_refused(
+    weight: Callable[[], GroupedWeight], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        awq.pack(weight())
+
+
+def changed(
+    weight: GroupedWeight, bits: int = 4, scale: float | None = None, code: int | None = None
+) -> GroupedWeight:
+    """The weight with one thing wrong."""
+    codes, scales = weight.codes.clone(), weight.scales.float()
+    if scale is not None:
+        scales[0, 0] = scale
+    if code is not None:
+        codes[0, 0] = code
+    return GroupedWeight(codes, scales, weight.zero_points, bits, weight.group_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop("qzeros"), "layer: qzeros missing"),
+        (lambda t: t.update(scales=t["scales"][:2]), "do not fit groups of 32"),
+        (lambda t: t.update(scales=t["scales"].T), "do not fit"),
+        (lambda t: t.update(qzeros=t["qzeros"][:, :4]), "do not fit"),
+        (lambda t: t.update(qweight=t["qweight"][:90]), "do not fit"),
+        (lambda t: t.update(qweight=t["qweight"][:0]), "do not fit"),
+        (lambda t: t.update(qweight=t["qweight"].flatten()), "do not fit"),
+        (lambda t: t.update(qweight=t["qweight"].to(torch.int64)), "expected int32"),
+        (lambda t: t.update(scales=t["scales"].int()), "expected int32, int32 and float16"),
+        (lambda t: t["scales"][1].fill_(float("nan")), "the file is damaged"),
+        (lambda t: t["scales"][1].fill_(0), "the file is damaged"),
+    ],
+)
+def test_tensors_that_contradict_each_other_are_refused(
+    damage: Callable[[Tensors], object], message: str
+) -> None:
+    tensors = awq.pack(random_weight())
+    damage(tensors)
+    with pytest.raises(CheckpointError, match=message):
+        awq.unpack(tensors, 32, "layer")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"bits": 4, "group_size": 64, "version": "gemm"},
+        {"w_bit": 4, "q_group_size": 64, "version": "GEMM"},
+        {"bits": 4, "group_size": 64, "format": "gemm"},
+        {"bits": 4, "group_size": 64, "version": None},
+    ],
+)
+def test_all_spellings_of_the_group_size_are_read(block: dict[str, object]) -> None:
+    assert awq.group_size_from(block) == 64
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"bits": 8, "group_size": 64}, "8 bits"),
+        ({"bits": 4, "group_size": 64, "version": "gemv"}, "'gemv' layout"),
+        ({"bits": 4, "group_size": 64, "version": "marlin"}, "'marlin' layout"),
+        ({"bits": 4, "group_size": -1}, "group_size -1"),
+        ({"bits": 4, "group_size": "64"}, "group_size '64'"),
+        ({"bits": 4, "group_size": True}, "group_size True"),
+        ({"bits": 4}, "group_size None"),
+    ],
+)
+def test_other_kinds_of_awq_are_refused(block: dict[str, object], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        awq.group_size_from(block)
+
+
+def test_checkpoint_gives_packed_and_float_layers(tmp_path: Path) -> None:
+    weight = random_weight()
+    tensors = {f"a.{key}": value for key, value in awq.pack(weight).items()}
+    save_file(tensors | {"b.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    config = {"quantization_config": awq.config_block(32, ["b"])}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = Checkpoint(tmp_path)
+    packed = checkpoint.linear("a")
+    assert isinstance(packed, GroupedWeight)
+    assert torch.equal(packed.dequantize(), weight.dequantize())
+    assert isinstance(checkpoint.linear("b"), torch.Tensor)
