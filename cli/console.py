@@ -77,8 +77,17 @@ def _plain_lines(title: str, total: float) -> Advance:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table to stdout. Columns of numbers are aligned to the right, the first one never."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
+    """Print a table to stdout, without a header when no column has a name.
+
+    Columns of numbers are aligned to the right, except the first.
+    """
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_header=any(columns),
+    )
     for index, column in enumerate(columns):
         numeric = index > 0 and all(isinstance(row[index], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")

@@ -76,6 +76,11 @@ def run(arguments: Sequence[str]) -> ExitCode | int:
     except BrokenPipeError:
         discard_output()
         return ExitCode.OK
+    except SystemExit as leaving:  # click's own way out when the reader of stdout went away
+        if not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        discard_output()
+        return ExitCode.OK
     except Exception as error:
         return report(error, debug)
     return result if isinstance(result, int) else ExitCode.OK
