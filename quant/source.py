@@ -33,7 +33,7 @@ def resolve_model(
     Raises ``CheckpointError`` when there is no such model or when it cannot be read.
     """
     path = Path(model)
-    if path.is_file() and path.suffix.lower() == ".gguf":
+    if is_gguf(model):
         return Checkpoint(import_gguf(path, cache, notice))
     if path.exists():
         return Checkpoint(path)
@@ -42,6 +42,11 @@ def resolve_model(
     raise CheckpointError(
         f"{model} does not exist: give a model folder, a hub id (owner/name) or a .gguf file"
     )
+
+
+def is_gguf(model: str) -> bool:
+    """Whether ``model`` names a GGUF file that is there."""
+    return Path(model).is_file() and Path(model).suffix.lower() == ".gguf"
 
 
 def fetch(hub_id: str) -> Path:
