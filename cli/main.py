@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 import click
 
@@ -41,6 +42,13 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # here, since click would leave with 1 for it
+            discard_output()
+            return ExitCode.OK
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -74,11 +82,6 @@ def run(arguments: Sequence[str]) -> ExitCode | int:
     except (click.exceptions.Abort, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        discard_output()
-        return ExitCode.OK
-    except SystemExit as leaving:  # click's own way out when the reader of stdout went away
-        if not isinstance(leaving.__context__, BrokenPipeError):
-            raise
         discard_output()
         return ExitCode.OK
     except Exception as error:
