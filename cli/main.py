@@ -19,7 +19,7 @@ PROGRAM = "qserve"
 COMMANDS = {
     "quantize": ("qserve.cli.quantize", "Quantize a model to 4 bits and write a checkpoint."),
     "eval": ("qserve.cli.evaluate", "Measure perplexity, and the distance to the float model."),
-    "inspect": ("qserve.cli.inspect", "Say what a checkpoint holds: layers, bits, sizes."),
+    "inspect": ("qserve.cli.inspection", "Say what a checkpoint holds: layers, bits, sizes."),
     "serve": ("qserve.cli.serve", "Answer over HTTP as an OpenAI-compatible server."),
     "doctor": ("qserve.cli.doctor", "Say what this machine can run, and why."),
     "demo": ("qserve.cli.demo", "Quantize, judge and serve a small model, end to end."),
