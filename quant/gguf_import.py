@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import mmap
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -14,11 +15,15 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from qserve.quant.errors import CheckpointError
+from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.output import publish
 
 MAGIC = b"GGUF"
 HASH_DIGITS = 16  # 64 bits: no two files that one person owns will meet
+# Rotary scaling as ggml writes it. transformers' importer passes over both, and the model would
+# then run with wrong angles, which nothing but its answers would show.
+SCALED_ROPE_MARKS = (b"rope_freqs.weight", b".rope.scaling.factor")
+HEADER_BYTES = 1 << 26  # a header with 256 thousand tokens has 10 MB
 
 
 def import_gguf(path: Path, cache: Path, notice: Callable[[str], None]) -> Path:
@@ -26,11 +31,12 @@ def import_gguf(path: Path, cache: Path, notice: Callable[[str], None]) -> Path:
 
     Weights are dequantized to bfloat16; the tokenizer comes along. ``notice`` is told, in a
     sentence, that an import begins. Raises ``CheckpointError`` for a file that is not GGUF, is
-    damaged or of an architecture that transformers does not read, and ``OutputError`` when the
-    cache cannot be written.
+    damaged or of a kind that transformers does not read, and ``OutputError`` when the cache
+    cannot be written.
     """
     folder = cache / "gguf" / _content_hash(path)
     if not (folder / "config.json").is_file():
+        _refuse_scaled_rope(path)
         notice(f"importing {path.name} as bfloat16 to {folder} (once)")
         with publish(folder) as partial, _quiet():
             model, tokenizer = _read(path)
@@ -51,6 +57,15 @@ def _content_hash(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()[:HASH_DIGITS]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _refuse_scaled_rope(path: Path) -> None:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+        if any(content.find(mark, 0, HEADER_BYTES) >= 0 for mark in SCALED_ROPE_MARKS):
+            raise UnsupportedModelError(
+                f"{path} scales its rotary embedding, which is lost when GGUF is imported: give "
+                "the folder or hub id of the model that the file was made from"
+            )
 
 
 def _read(path: Path) -> tuple[Any, Any]:
