@@ -72,6 +72,12 @@ class Tokenizer:
         """Number of ids the tokenizer knows; the model's output may be padded beyond it."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The token that ends a turn for the tokenizer; empty when it names none."""
+        found = self._tokenizer.eos_token_id
+        return frozenset() if found is None else frozenset([int(found)])
+
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text; with ``add_special_tokens`` the model's BOS where it wants one."""
         return tuple(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)

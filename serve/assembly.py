@@ -1,0 +1,76 @@
+"""From a checkpoint folder to a service that can be put behind HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qserve.kernels import native
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.serve.admission import Admission
+from qserve.serve.bridge import Bridge
+from qserve.serve.config import EngineConfig
+from qserve.serve.engine import Engine
+from qserve.serve.engine_thread import EngineThread
+from qserve.serve.metrics import Metrics
+from qserve.serve.model_runner import read_eos_token_ids
+from qserve.serve.sampling_defaults import SamplingDefaults
+from qserve.serve.server_config import ServerConfig
+from qserve.serve.service import ModelCard, Service
+from qserve.serve.tokenizer import Tokenizer
+
+DISTRIBUTION = "qserve-llm"
+
+
+def assemble(folder: Path, engine_config: EngineConfig, config: ServerConfig) -> Service:
+    """Load the model and its tokenizer.
+
+    Raises ``CheckpointError`` for a model that cannot be served, ``StartupError`` for one that
+    lacks a tokenizer, has unusable defaults or does not fit into memory.
+    """
+    checkpoint = Checkpoint(folder)
+    tokenizer = Tokenizer(folder, config.chat_template)
+    defaults = SamplingDefaults()
+    if config.generation_config:
+        defaults = SamplingDefaults.from_folder(folder)
+    ends = read_eos_token_ids(checkpoint) | tokenizer.eos_token_ids
+    engine = Engine.from_checkpoint(folder, engine_config, ends)
+    card = _describe(checkpoint, engine, engine_config, config)
+    bridge = Bridge(partial(EngineThread, engine), _max_sequences(engine_config, config))
+    metrics = Metrics(
+        config.metrics_prefix, card.names[0], card.max_model_len, lambda: bridge.stats
+    )
+    return Service(config, card, tokenizer, defaults, bridge, metrics, Admission())
+
+
+def _max_sequences(engine_config: EngineConfig, config: ServerConfig) -> int | None:
+    if config.max_num_queued_reqs is None:
+        return None
+    return engine_config.max_num_seqs + config.max_num_queued_reqs
+
+
+def _describe(
+    checkpoint: Checkpoint, engine: Engine, engine_config: EngineConfig, config: ServerConfig
+) -> ModelCard:
+    names = config.served_model_names or (checkpoint.folder.resolve().name,)
+    extras: dict[str, Any] = {
+        "quantization": checkpoint.method,
+        "kv_cache_dtype": engine_config.kv_dtype.value,
+        "weights_bytes": sum(path.stat().st_size for path in set(checkpoint.tensor_files.values())),
+    }
+    facts = [checkpoint.config, repr(engine_config), native.isa() if native.available() else None]
+    digest = hashlib.sha256(json.dumps([*facts, extras], sort_keys=True).encode()).hexdigest()
+    return ModelCard(
+        names=names,
+        root=checkpoint.folder.name,
+        max_model_len=engine.max_model_len,
+        vocab_size=engine.vocab_size,
+        fingerprint=f"qserve-{version(DISTRIBUTION)}-{digest[:8]}",
+        created=int(time.time()),
+        extras=extras,
+    )
