@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,9 +70,15 @@ def allocate_kv_cache(
     """The cache of every layer, zeroed. The system gives the memory when a block is first used."""
     shape = (plan.num_blocks, model.num_kv_heads, plan.block_size, model.head_dim)
     return [
-        LayerCache(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+        LayerCache(_untouched_zeros(shape, dtype), _untouched_zeros(shape, dtype))
         for _ in range(model.num_layers)
     ]
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Like ``torch.zeros``, which writes its zeros and so takes the memory of the whole cache."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def free_memory() -> int:

@@ -80,15 +80,20 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         raise UnsupportedModelError("rotary embeddings of a part of each head are not computed")
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, LinearScaling(float(block["factor"]))
-    if kind == "llama3":
-        return theta, Llama3Scaling(
-            factor=float(block["factor"]),
-            low_freq_factor=float(block["low_freq_factor"]),
-            high_freq_factor=float(block["high_freq_factor"]),
-            original_max_positions=int(block["original_max_position_embeddings"]),
-        )
+    try:
+        if kind == "linear":
+            return theta, LinearScaling(float(block["factor"]))
+        if kind == "llama3":
+            return theta, Llama3Scaling(
+                factor=float(block["factor"]),
+                low_freq_factor=float(block["low_freq_factor"]),
+                high_freq_factor=float(block["high_freq_factor"]),
+                original_max_positions=int(block["original_max_position_embeddings"]),
+            )
+    except KeyError as error:
+        raise CheckpointError(
+            f"config.json asks for {kind} scaling of rotary embeddings without {error}"
+        ) from None
     raise UnsupportedModelError(
         f"rotary embeddings of type {kind!r} are not computed: expected default, linear or llama3"
     )

@@ -1,0 +1,110 @@
+"""How many blocks are planned, and what is said when they are too few."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qserve.serve.config import EngineConfig, KVDtype
+from qserve.serve.errors import KVCacheTooSmall, StartupError
+from qserve.serve.kv_cache_allocation import (
+    KVCachePlan,
+    allocate_kv_cache,
+    bytes_per_token,
+    free_memory,
+    plan_kv_cache,
+)
+from qserve.serve.models.llama_config import LlamaConfig
+
+MODEL = LlamaConfig(
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    max_positions=1024,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    tie_embeddings=False,
+)
+CONFIG = EngineConfig(max_num_seqs=4, block_size=16)
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 2  # k and v, layers, heads, head_dim, float16
+FULL = 4 * 1024 * TOKEN_BYTES
+
+
+def test_a_token_takes_keys_and_values_of_every_layer_and_head() -> None:
+    assert bytes_per_token(MODEL, CONFIG) == TOKEN_BYTES
+    wide = replace(CONFIG, kv_dtype=KVDtype.FLOAT32)
+    assert bytes_per_token(MODEL, wide) == 2 * TOKEN_BYTES
+
+
+def test_no_more_is_planned_than_full_batches_of_full_length_need() -> None:
+    plan = plan_kv_cache(MODEL, CONFIG, free_bytes=100 * FULL)
+    assert plan == KVCachePlan(num_blocks=4 * 64, block_size=16, max_model_len=1024)
+
+
+def test_half_of_the_free_memory_is_taken_at_most() -> None:
+    plan = plan_kv_cache(MODEL, CONFIG, free_bytes=FULL)
+    assert plan.num_blocks == 2 * 64
+
+
+def test_memory_that_was_asked_for_is_used() -> None:
+    config = replace(CONFIG, kv_cache_bytes=100 * 16 * TOKEN_BYTES + 5)
+    assert plan_kv_cache(MODEL, config, free_bytes=0).num_blocks == 100
+
+
+def test_a_shorter_context_needs_fewer_blocks() -> None:
+    plan = plan_kv_cache(MODEL, replace(CONFIG, max_model_len=100), free_bytes=100 * FULL)
+    assert plan == KVCachePlan(num_blocks=4 * 7, block_size=16, max_model_len=100)
+
+
+def test_a_context_that_was_asked_for_and_does_not_fit_is_refused_with_the_largest_that_does() -> (
+    None
+):
+    config = replace(CONFIG, max_model_len=1000, kv_cache_bytes=20 * 16 * TOKEN_BYTES)
+    with pytest.raises(KVCacheTooSmall, match="set max_model_len to 320"):
+        plan_kv_cache(MODEL, config, free_bytes=0)
+
+
+def test_a_context_that_was_not_asked_for_is_lowered_to_what_fits() -> None:
+    config = replace(CONFIG, kv_cache_bytes=20 * 16 * TOKEN_BYTES)
+    plan = plan_kv_cache(MODEL, config, free_bytes=0)
+    assert plan == KVCachePlan(num_blocks=20, block_size=16, max_model_len=320)
+
+
+def test_no_memory_at_all_is_refused() -> None:
+    with pytest.raises(KVCacheTooSmall):
+        plan_kv_cache(MODEL, CONFIG, free_bytes=100)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1025])
+def test_a_context_that_the_model_does_not_have_is_refused(length: int) -> None:
+    with pytest.raises(StartupError, match="2 to 1024"):
+        plan_kv_cache(MODEL, replace(CONFIG, max_model_len=length), free_bytes=FULL)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_cache_is_zero_and_writable(dtype: torch.dtype) -> None:
+    caches = allocate_kv_cache(MODEL, KVCachePlan(3, 16, 48), dtype)
+    assert len(caches) == 2
+    for cache in caches:
+        assert cache.k.shape == cache.v.shape == (3, 2, 16, 16)
+        assert cache.k.dtype is dtype
+        assert not cache.k.any() and not cache.v.any()
+        cache.k[1, 1, 5] = 2.0
+        assert cache.k.sum() == 32.0
+        assert not cache.v.any()
+
+
+def test_a_cache_that_nobody_uses_takes_no_memory() -> None:
+    huge = free_memory() * 4 // bytes_per_token(MODEL, CONFIG) // 16
+    assert len(allocate_kv_cache(MODEL, KVCachePlan(huge, 16, 1024), torch.float16)) == 2
+
+
+def test_there_is_some_free_memory() -> None:
+    assert free_memory() > 1 << 20

@@ -1,0 +1,94 @@
+"""What is read from config.json, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qserve.kernels.kv_store import LinearScaling, Llama3Scaling
+from qserve.quant.errors import CheckpointError, UnsupportedModelError
+from qserve.serve.models.llama_config import LlamaConfig
+
+BASE: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def read(architecture: str = "LlamaForCausalLM", **changes: Any) -> LlamaConfig:
+    return LlamaConfig.from_json(BASE | changes, architecture)
+
+
+def test_sizes_that_are_not_given_follow_from_the_others() -> None:
+    config = read()
+    assert (config.num_kv_heads, config.head_dim) == (4, 16)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert not config.tie_embeddings
+
+
+def test_sizes_that_are_given_are_taken() -> None:
+    config = read(num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
+    assert (config.num_kv_heads, config.head_dim, config.tie_embeddings) == (2, 32, True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 2.0}},
+        {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2}},
+    ],
+)
+def test_scaling_is_read_in_the_old_form_and_the_new(changes: dict[str, Any]) -> None:
+    config = read(**changes)
+    assert (config.rope_theta, config.rope_scaling) == (5000.0, LinearScaling(2.0))
+
+
+def test_the_scaling_of_llama3_is_read() -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert read(rope_scaling=scaling).rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
+
+
+def test_mistral_is_a_llama_unless_its_window_is_shorter_than_its_context() -> None:
+    assert read("MistralForCausalLM", sliding_window=None) == read()
+    assert read("MistralForCausalLM", sliding_window=256) == read()
+    with pytest.raises(UnsupportedModelError, match="sliding window of 64"):
+        read("MistralForCausalLM", sliding_window=64)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        ("GPT2LMHeadModel", {}, "GPT2LMHeadModel"),
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "gelu"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "a part"),
+    ],
+)
+def test_what_is_not_computed_is_refused(
+    architecture: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        read(architecture, **changes)
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, "64", 1.5])
+def test_a_size_that_is_no_size_is_refused(value: object) -> None:
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        read(hidden_size=value)
+
+
+def test_a_rope_factor_that_is_missing_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="factor"):
+        read(rope_scaling={"rope_type": "linear"})
