@@ -1,0 +1,27 @@
+"""Starts each file of interpreted tests in a process that has the interpreter switched on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent
+FILES = sorted(path for path in FOLDER.glob("test_*.py") if path != Path(__file__).resolve())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_interpreted_tests_pass(path: Path) -> None:
+    options = ["-q", "--no-header", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--confcutdir", str(FOLDER), str(path)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=FOLDER.parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        pytest.fail(f"{path.name}:\n{result.stdout}{result.stderr}", pytrace=False)
