@@ -1,0 +1,192 @@
+#include "matmul.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace qserve {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Products below this many multiplications are done before a worker has noticed.
+constexpr int64_t kAloneWork = 40'000;
+// Rows that are rounded to int8 at a time: bounds the scratch memory; the weight is read again for the next ones.
+constexpr int64_t kRowsAtOnce = 512;
+// Rows of a task: their int8 codes stay in the second-level cache while panels pass by.
+constexpr int64_t kRowsPerTask = 128;
+// Tasks for each thread: enough to even out threads that run at different speeds.
+constexpr int64_t kTasksPerThread = 4;
+
+// Round halves of float16 to nearest even; scales were checked to be representable, so nothing is lost.
+uint16_t to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
+  if (magnitude >= 0x7F800000) return uint16_t(sign | 0x7C00 | (magnitude > 0x7F800000 ? 0x200 : 0));
+  if (magnitude >= 0x38800000) return uint16_t(sign | ((magnitude - 0x38000000) >> 13));
+  float scaled;
+  std::memcpy(&scaled, &magnitude, 4);
+  return uint16_t(sign | uint32_t(scaled * 0x1p24f));
+}
+
+// Splits rows and panels into tasks and runs them.
+template <typename Job>
+void run_tiles(const Job& job, int64_t num_panels, void (*kernel)(const Job&, const TileRange&)) {
+  if (job.rows * num_panels * kPanel * job.k < kAloneWork) {
+    kernel(job, {0, job.rows, 0, num_panels});
+    return;
+  }
+  const int64_t row_tasks = divide_up(job.rows, kRowsPerTask);
+  const int64_t wanted = divide_up(kTasksPerThread * num_threads(), row_tasks);
+  const int64_t panels_per_task = round_up(divide_up(num_panels, wanted), num_panels >= 4 * wanted ? 4 : 1);
+  const int64_t panel_tasks = divide_up(num_panels, panels_per_task);
+  run_tasks(row_tasks * panel_tasks, [&](int64_t task) {
+    const int64_t row = task / panel_tasks * kRowsPerTask, panel = task % panel_tasks * panels_per_task;
+    kernel(job, {row, std::min(row + kRowsPerTask, job.rows), panel, std::min(panel + panels_per_task, num_panels)});
+  });
+}
+
+}  // namespace
+
+PanelWeight::PanelWeight(int bits, int64_t out_features, int64_t in_features, int64_t group_size, bool wide)
+    : bits_(bits) {
+  if (out_features < 1 || in_features < 1 || group_size < 1 || group_size % kActivationGroup)
+    throw std::invalid_argument("a weight needs outputs, inputs and groups of a multiple of 32");
+  num_panels_ = divide_up(out_features, kPanel);
+  job_.k = in_features;
+  job_.group_size = group_size;
+  job_.num_groups = divide_up(in_features, group_size);
+  job_.out_features = out_features;
+  job_.wide = wide;
+  padded_k_ = job_.num_groups * group_size;
+  const int64_t scale_bytes = job_.num_groups * kPanel * (wide ? 4 : 2);
+  job_.zeros_offset = scale_bytes;
+  job_.codes_offset = round_up(scale_bytes + (bits == 4 ? job_.num_groups * kPanel : 0), 64);
+  job_.panel_bytes = job_.codes_offset + padded_k_ * kPanel * bits / 8;
+}
+
+int64_t PanelWeight::nbytes() const { return num_panels_ * job_.panel_bytes; }
+
+void PanelWeight::pack(uint8_t* panels, const uint8_t* codes, const float* scales, const uint8_t* zero_points) {
+  memory_ = panels;
+  job_.panels = panels;
+  run_tasks(num_panels_, [&](int64_t panel) { pack_panel(panel, codes, scales, zero_points); });
+}
+
+void PanelWeight::pack_panel(int64_t p, const uint8_t* codes, const float* scales, const uint8_t* zero_points) const {
+  uint8_t* panel = memory_ + p * job_.panel_bytes;
+  std::memset(panel, 0, job_.panel_bytes);
+  if (bits_ == 8) std::memset(panel + job_.codes_offset, 128, padded_k_ * kPanel);  // zeros, with the bias
+  for (int64_t lane = 0; lane < std::min(kPanel, job_.out_features - p * kPanel); ++lane) {
+    const int64_t row = p * kPanel + lane;
+    for (int64_t g = 0; g < job_.num_groups; ++g) {
+      const float scale = scales[row * job_.num_groups + g];
+      const int64_t at = g * kPanel + lane;
+      if (job_.wide) {
+        std::memcpy(panel + 4 * at, &scale, 4);
+      } else {
+        const uint16_t half = to_half(scale);
+        std::memcpy(panel + 2 * at, &half, 2);
+      }
+      if (bits_ == 4) panel[job_.zeros_offset + at] = zero_points[row * job_.num_groups + g];
+    }
+    const uint8_t* from = codes + row * job_.k;
+    uint8_t* to = panel + job_.codes_offset + 4 * lane;
+    for (int64_t k = 0; k < job_.k; ++k) {
+      if (bits_ == 4) {
+        to[k / 8 * 64 + k % 4] |= uint8_t((from[k] & 15) << (k / 4 % 2 * 4));
+      } else {
+        to[k / 4 * 64 + k % 4] = from[k] ^ 128;
+      }
+    }
+  }
+}
+
+void PanelWeight::multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride,
+                           bool quantized) const {
+  PanelJob job = job_;
+  job.x_stride = x_stride;
+  job.out_stride = out_stride;
+  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+    job.rows = std::min(kRowsAtOnce, rows - row);
+    job.x = x + row * x_stride;
+    job.out = out + row * out_stride;
+    multiply_some(job, quantized);
+  }
+}
+
+void PanelWeight::multiply_some(PanelJob& job, bool quantized) const {
+  const KernelTable& table = kernels();
+  if (!quantized) {
+    run_tiles(job, num_panels_, bits_ == 4 ? table.int4_exact : table.int8_exact);
+    return;
+  }
+  const size_t codes = job.rows * padded_k_, groups = codes / kActivationGroup, sums = job.rows * job.num_groups;
+  Pieces pieces(scratch(ScratchUse::kCall, Pieces::size<int8_t>(codes) + 2 * Pieces::size<float>(groups) +
+                                               Pieces::size<float>(sums)));
+  job.quantized = {.codes = pieces.take<int8_t>(codes),
+                   .scales = pieces.take<float>(groups),
+                   .offsets = pieces.take<int32_t>(groups),
+                   .group_sums = pieces.take<float>(sums),
+                   .padded_k = padded_k_,
+                   .group_size = job.group_size};
+  const QuantizeJob rounding{.x = job.x, .x_stride = job.x_stride, .k = job.k, .rows = job.rows, .to = job.quantized};
+  const int64_t rows_per_task = std::max(kRowBlock, round_up(kAloneWork / job.k, kRowBlock));
+  run_tasks(divide_up(job.rows, rows_per_task), [&](int64_t task) {
+    const int64_t row = task * rows_per_task;
+    table.quantize_rows(rounding, row, std::min(row + rows_per_task, job.rows));
+  });
+  run_tiles(job, num_panels_, bits_ == 4 ? table.int4_quantized : table.int8_quantized);
+}
+
+DenseWeight::DenseWeight(int64_t out_features, int64_t in_features, FloatType type) {
+  if (out_features < 1 || in_features < 1) throw std::invalid_argument("a weight needs outputs and inputs");
+  num_panels_ = divide_up(out_features, kPanel);
+  job_.type = type;
+  job_.k = in_features;
+  job_.out_features = out_features;
+}
+
+int64_t DenseWeight::nbytes() const {
+  return num_panels_ * kPanel * job_.k * (job_.type == FloatType::kFloat32 ? 4 : 2);
+}
+
+template <typename T>
+static void pack_floats(T* to, const T* from, int64_t num_panels, int64_t out_features, int64_t width) {
+  run_tasks(num_panels, [=](int64_t p) {
+    T* panel = to + p * width * kPanel;
+    for (int64_t lane = 0; lane < kPanel; ++lane) {
+      const int64_t row = p * kPanel + lane;
+      for (int64_t k = 0; k < width; ++k) panel[k * kPanel + lane] = row < out_features ? from[row * width + k] : T{0};
+    }
+  });
+}
+
+void DenseWeight::pack(void* panels, const void* weight) {
+  job_.panels = panels;
+  if (job_.type == FloatType::kFloat32) {
+    pack_floats(static_cast<uint32_t*>(panels), static_cast<const uint32_t*>(weight), num_panels_, job_.out_features,
+                job_.k);
+  } else {
+    pack_floats(static_cast<uint16_t*>(panels), static_cast<const uint16_t*>(weight), num_panels_, job_.out_features,
+                job_.k);
+  }
+}
+
+void DenseWeight::multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride) const {
+  DenseJob job = job_;
+  job.x = x;
+  job.x_stride = x_stride;
+  job.rows = rows;
+  job.out = out;
+  job.out_stride = out_stride;
+  run_tiles(job, num_panels_, kernels().dense);
+}
+
+}  // namespace qserve

@@ -1,0 +1,50 @@
+// Weights in panels, and products with them.
+#pragma once
+
+#include "kernel_table.h"
+
+namespace qserve {
+
+// A 4-bit or 8-bit weight whose panels lie in memory of the caller.
+class PanelWeight {
+ public:
+  // Throws std::invalid_argument for sizes that do not fit the layout.
+  PanelWeight(int bits, int64_t out_features, int64_t in_features, int64_t group_size, bool wide);
+
+  int64_t nbytes() const;
+
+  // Writes the panels to `panels`, which this object then refers to. codes [N][K], one a byte (int8 codes as they are), scales
+  // [N][groups]; zero_points [N][groups] for 4 bits, else null.
+  void pack(uint8_t* panels, const uint8_t* codes, const float* scales, const uint8_t* zero_points);
+
+  // out [rows][N] = x [rows][K] * weight^T.
+  void multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride, bool quantized) const;
+
+ private:
+  void pack_panel(int64_t panel, const uint8_t* codes, const float* scales, const uint8_t* zero_points) const;
+  void multiply_some(PanelJob& job, bool quantized) const;
+
+  int bits_;
+  int64_t num_panels_, padded_k_;
+  uint8_t* memory_ = nullptr;
+  PanelJob job_{};
+};
+
+// A float weight whose panels lie in memory of the caller.
+class DenseWeight {
+ public:
+  DenseWeight(int64_t out_features, int64_t in_features, FloatType type);
+
+  int64_t nbytes() const;
+
+  // Writes the panels to `panels`, which this object then refers to. weight [N][K].
+  void pack(void* panels, const void* weight);
+
+  void multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride) const;
+
+ private:
+  int64_t num_panels_;
+  DenseJob job_{};
+};
+
+}  // namespace qserve

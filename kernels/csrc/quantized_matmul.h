@@ -1,0 +1,128 @@
+// Products of int8 rows with panels of 4-bit or 8-bit codes.
+#pragma once
+
+#include "simd.h"
+
+namespace qserve::QSERVE_NAMESPACE {
+namespace {
+
+QSERVE_INLINE F load_scales(const PanelJob& job, const uint8_t* panel, int64_t group, int lane) {
+  const int64_t at = group * kPanel + lane;
+  if (job.wide) return load(reinterpret_cast<const float*>(panel) + at);
+  return load_as(reinterpret_cast<const Half*>(panel) + at);
+}
+
+QSERVE_INLINE void store_outputs(const PanelJob& job, int64_t row, int64_t column, F value) {
+  const int64_t left = job.out_features - column;
+  float* out = job.out + row * job.out_stride + column;
+  if (left >= W) {
+    store(out, value);
+  } else if (left > 0) {
+    store_part(out, value, int(left));
+  }
+}
+
+// For every group: y += s * (sum of sx * dot - z * sum of sx * x); the order of sums follows from K alone.
+template <int R>
+void int4_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane) {
+  const QuantizedRows& q = job.quantized;
+  const int64_t subgroups = job.group_size / kActivationGroup;
+  const int8_t* codes = q.codes + row * q.padded_k;
+  const float* scales = q.scales + row * (q.padded_k / kActivationGroup);
+  const float* sums = q.group_sums + row * job.num_groups;
+  const uint8_t* zeros = panel + job.zeros_offset + lane;
+  const uint8_t* weights = panel + job.codes_offset + 4 * lane;
+  F acc[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) acc[r] = zero();
+  for (int64_t g = 0; g < job.num_groups; ++g) {
+    const F zero_points = load_bytes(zeros + g * kPanel);
+    F total[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) total[r] = mul(zero_points, set1(-sums[r]));
+    for (int64_t s = 0; s < subgroups; ++s) {
+      I dot[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) dot[r] = int_zero();
+      dot_int4<R>(weights, codes, dot);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
+      weights += kActivationGroup / 2 * kPanel;
+      codes += kActivationGroup * R;
+      scales += R;
+    }
+    const F weight_scales = load_scales(job, panel, g, lane);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r] = fma(total[r], weight_scales, acc[r]);
+    sums += R;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) store_outputs(job, row + r, column, acc[r]);
+}
+
+template <int R>
+void int8_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane) {
+  const QuantizedRows& q = job.quantized;
+  const int64_t subgroups = job.group_size / kActivationGroup;
+  const int8_t* codes = q.codes + row * q.padded_k;
+  const float* scales = q.scales + row * (q.padded_k / kActivationGroup);
+  const int32_t* offsets = q.offsets + row * (q.padded_k / kActivationGroup);
+  const uint8_t* weights = panel + job.codes_offset + 4 * lane;
+  F acc[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) acc[r] = zero();
+  for (int64_t g = 0; g < job.num_groups; ++g) {
+    F total[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) total[r] = zero();
+    for (int64_t s = 0; s < subgroups; ++s) {
+      I dot[R];
+      dot_int8<R>(weights, codes, offsets, dot);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
+      weights += kActivationGroup * kPanel;
+      codes += kActivationGroup * R;
+      scales += R;
+      offsets += R;
+    }
+    const F weight_scales = load_scales(job, panel, g, lane);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r] = fma(total[r], weight_scales, acc[r]);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) store_outputs(job, row + r, column, acc[r]);
+}
+
+using TileFunction = void (*)(const PanelJob&, int64_t, const uint8_t*, int64_t, int);
+
+struct TileFunctions {
+  TileFunction rows_1, rows_2, rows_4, rows_8;
+};
+
+QSERVE_INLINE TileFunction tile_for(const TileFunctions& tiles, int rows) {
+  return rows == 8 ? tiles.rows_8 : rows == 4 ? tiles.rows_4 : rows == 2 ? tiles.rows_2 : tiles.rows_1;
+}
+
+// A panel stays in the first-level cache while all rows pass by.
+QSERVE_INLINE void run_tiles(const PanelJob& job, const TileRange& range, const TileFunctions& tiles) {
+  for (int64_t p = range.panel_begin; p < range.panel_end; ++p) {
+    const uint8_t* panel = job.panels + p * job.panel_bytes;
+    for (int64_t row = range.row_begin; row < range.row_end;) {
+      const int rows = block_rows(job.rows - row);
+      const TileFunction tile = tile_for(tiles, rows);
+      for (int lane = 0; lane < kPanel; lane += W) tile(job, row, panel, p * kPanel + lane, lane);
+      row += rows;
+    }
+  }
+}
+
+void int4_quantized(const PanelJob& job, const TileRange& range) {
+  run_tiles(job, range, {int4_tile<1>, int4_tile<2>, int4_tile<4>, int4_tile<8>});
+}
+
+void int8_quantized(const PanelJob& job, const TileRange& range) {
+  run_tiles(job, range, {int8_tile<1>, int8_tile<2>, int8_tile<4>, int8_tile<8>});
+}
+
+}  // namespace
+}  // namespace qserve::QSERVE_NAMESPACE

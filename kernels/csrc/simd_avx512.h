@@ -1,0 +1,143 @@
+// Vectors of 16 lanes: AVX-512 F, BW, DQ, VL and VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernel_table.h"
+
+namespace qserve::QSERVE_NAMESPACE {
+namespace {
+
+constexpr const char* kName = "avx512-vnni";
+constexpr int W = 16;
+constexpr int kDenseRows = 6;  // register tile of the float matmul: rows x vectors of outputs
+constexpr int kDenseVectors = 4;
+
+using F = __m512;
+using I = __m512i;
+
+QSERVE_INLINE F zero() { return _mm512_setzero_ps(); }
+QSERVE_INLINE F set1(float x) { return _mm512_set1_ps(x); }
+QSERVE_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+QSERVE_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+QSERVE_INLINE __mmask16 first_lanes(int n) { return n >= 16 ? 0xFFFF : __mmask16((1u << n) - 1); }
+QSERVE_INLINE F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+QSERVE_INLINE void store_part(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+
+QSERVE_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+QSERVE_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+QSERVE_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+QSERVE_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+QSERVE_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+QSERVE_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+QSERVE_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+QSERVE_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+QSERVE_INLINE F round_even(F a) { return _mm512_roundscale_ps(a, 0); }
+QSERVE_INLINE F pow2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+// Where n lanes from the first: a; elsewhere b.
+QSERVE_INLINE F select_first(int n, F a, F b) { return _mm512_mask_blend_ps(first_lanes(n), b, a); }
+
+QSERVE_INLINE F load_as(const float* p) { return load(p); }
+QSERVE_INLINE F load_as(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+QSERVE_INLINE F load_as(const Bfloat* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+QSERVE_INLINE F load_bytes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+QSERVE_INLINE void store_as(float* p, F a) { store(p, a); }
+QSERVE_INLINE void store_as(Half* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+QSERVE_INLINE void store_as(Bfloat* p, F a) {
+  const I bits = _mm512_castps_si512(a);
+  const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const I even = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  const I rounded = _mm512_mask_mov_epi32(even, nan, _mm512_set1_epi32(0x7FC00000));
+  const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
+
+QSERVE_INLINE float add_lanes(F a) { return _mm512_reduce_add_ps(a); }
+QSERVE_INLINE float max_lanes(F a) { return _mm512_reduce_max_ps(a); }
+
+// Four vectors of 16 partial sums become one with the four totals of each 128-bit lane, and so on: tokens stay in order.
+QSERVE_INLINE F join_1(F a, F b) { return add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+QSERVE_INLINE F join_2(F a, F b) {
+  const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+  return add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+}
+QSERVE_INLINE F join_wide(F a, F b) {
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+}
+template <int N>
+QSERVE_INLINE F join(F a, F b) {
+  if constexpr (N == 1) return join_1(a, b);
+  if constexpr (N == 2) return join_2(a, b);
+  return join_wide(a, b);
+}
+
+QSERVE_INLINE I int_zero() { return _mm512_setzero_si512(); }
+QSERVE_INLINE I int_set1(int32_t x) { return _mm512_set1_epi32(x); }
+QSERVE_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+QSERVE_INLINE I load_lanes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+template <int Shift, int Mask>
+QSERVE_INLINE F field(I a) {
+  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a, Shift), _mm512_set1_epi32(Mask)));
+}
+
+// Rounding to int8: magnitudes are compared as integers, so that a NaN wins and is not lost.
+QSERVE_INLINE I magnitude(F a) {
+  return _mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7FFFFFFF));
+}
+QSERVE_INLINE I int_max(I a, I b) { return _mm512_max_epi32(a, b); }
+QSERVE_INLINE I int_add(I a, I b) { return _mm512_add_epi32(a, b); }
+QSERVE_INLINE int32_t int_max_lanes(I a) { return _mm512_reduce_max_epi32(a); }
+QSERVE_INLINE int32_t int_add_lanes(I a) { return _mm512_reduce_add_epi32(a); }
+QSERVE_INLINE I round_int(F a) { return _mm512_cvtps_epi32(a); }
+QSERVE_INLINE void store_int8(int8_t* p, I a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
+}
+
+QSERVE_INLINE I quad(const int8_t* p) {
+  int32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  return _mm512_set1_epi32(bits);
+}
+
+// dot[r] += codes of 32 inputs (4 x 64 bytes, 16 outputs) * rows [8 quads][R][4].
+template <int R>
+QSERVE_INLINE void dot_int4(const uint8_t* codes, const int8_t* rows, I (&dot)[R]) {
+  const I low_mask = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    const I both = load_lanes(codes + 64 * v);
+    const I low = _mm512_and_si512(both, low_mask);
+    const I high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_mask);
+    const int8_t* x = rows + 8 * R * v;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], low, quad(x + 4 * r));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], high, quad(x + 4 * (R + r)));
+  }
+}
+
+// dot[r] += biased codes of 32 inputs (8 x 64 bytes) * rows; the bias is in dot already.
+template <int R>
+QSERVE_INLINE void dot_int8(const uint8_t* codes, const int8_t* rows, const int32_t* offsets, I (&dot)[R]) {
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) dot[r] = _mm512_set1_epi32(offsets[r]);
+#pragma GCC unroll 8
+  for (int v = 0; v < 8; ++v) {
+    const I weights = load_lanes(codes + 64 * v);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], weights, quad(rows + 4 * (R * v + r)));
+  }
+}
+
+}  // namespace
+}  // namespace qserve::QSERVE_NAMESPACE
