@@ -6,16 +6,16 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
 from qserve.cli.quantities import format_bytes
-from qserve.quant.gguf_inspection import inspect_gguf
-from qserve.quant.inspection import Inspection, Layer, inspect_checkpoint
-from qserve.quant.source import is_gguf, resolve_model
+
+if TYPE_CHECKING:
+    from qserve.quant.inspection import Inspection, Layer
 
 BITS_DIGITS = 3  # the share of scales and zero points shows in the second digit
 
@@ -39,6 +39,17 @@ def summary(inspection: Inspection) -> dict[str, Any]:
 
 def _layer_object(layer: Layer) -> dict[str, Any]:
     return asdict(layer) | {"bits": round(layer.bits, BITS_DIGITS)}
+
+
+def _inspect(model: str) -> Inspection:
+    # Imported here so that a wrong option or `--help` is answered before torch has loaded.
+    from qserve.quant.gguf_inspection import inspect_gguf
+    from qserve.quant.inspection import inspect_checkpoint
+    from qserve.quant.source import is_gguf, resolve_model
+
+    if is_gguf(model):
+        return inspect_gguf(Path(model))
+    return inspect_checkpoint(resolve_model(model, cache=cache_folder(os.environ), notice=say))
 
 
 def _print_summary(inspection: Inspection) -> None:
@@ -87,11 +98,7 @@ def command(model: str, as_json: bool) -> None:
     MODEL is a checkpoint folder, a .gguf file or a hub id. Only headers are read, so this takes
     a moment whatever the size of the model.
     """
-    if is_gguf(model):
-        inspection = inspect_gguf(Path(model))
-    else:
-        checkpoint = resolve_model(model, cache=cache_folder(os.environ), notice=say)
-        inspection = inspect_checkpoint(checkpoint)
+    inspection = _inspect(model)
     if as_json:
         layers = [_layer_object(layer) for layer in inspection.layers]
         click.echo(json.dumps(summary(inspection) | {"layers": layers}, indent=2))
