@@ -1,19 +1,33 @@
-# Five lines a target; every target sets up .venv by itself.
+# Every target sets up .venv by itself, and again when pyproject.toml or the native sources change.
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+# Bytecode is left to the first import: most of what gets installed is never imported.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+.PHONY: setup demo test test-all check bench docs conformance clean
 
-.PHONY: setup demo test test-all check bench docs conformance
-setup: $(STAMP)
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
 
-demo: setup
+# What users install; constraints.txt pins torch to a version that comes as a CPU build.
+.venv/.runtime: $(SOURCES) | $(BIN)/python
+	@echo "installing qserve and building its native kernels (some minutes the first time)"
+	@$(INSTALL) --editable .
+	@$(BIN)/python -c "import qserve.kernels._cpu" || echo "warning: no native kernels, qserve will be slow: see qserve doctor"
+	@touch $@
+
+# What working on it needs as well.
+.venv/.dev: $(SOURCES) | $(BIN)/python
+	@echo "installing qserve, its native kernels and the tools (some minutes the first time)"
+	@$(INSTALL) --editable '.[dev]'
+	@$(BIN)/python -c "import qserve.kernels._cpu" || echo "warning: no native kernels, qserve will be slow: see qserve doctor"
+	@touch .venv/.runtime $@
+
+setup: .venv/.dev
+
+demo: .venv/.runtime
 	$(BIN)/qserve demo
 
 test: setup
@@ -35,3 +49,6 @@ docs: setup
 
 conformance: setup
 	$(BIN)/python benchmarks/conformance.py
+
+clean:
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache
