@@ -195,19 +195,22 @@ def command(model: str | None, model_option: str | None, **options: Any) -> None
 
 
 def _serve(model: str, options: dict[str, Any]) -> None:
-    from qserve.quant.source import resolve_model
-    from qserve.serve import server
-    from qserve.serve.assembly import assemble
+    from qserve.serve.listener import address_of, listen
 
-    # The time that is announced starts here, after the imports have taken theirs.
     start_s = time.monotonic()
-    config, engine_config = _server_config(options, model), _engine_config(options)
-    listener = server.listen(config)
+    config = _server_config(options, model)
+    listener = listen(config)  # before the imports below, which take seconds
+
+    from qserve.quant.source import resolve_model
+    from qserve.serve.assembly import assemble
+    from qserve.serve.server import serve
+
+    engine_config = _engine_config(options)
     folder = resolve_model(model, cache=cache_folder(os.environ), notice=say).folder
     service = assemble(folder, engine_config, config)
-    address = server.address_of(config, listener)
+    address = address_of(config, listener)
     loaded_s = time.monotonic() - start_s
-    server.serve(service, listener, lambda: _announce(service, address, loaded_s))
+    serve(service, listener, lambda: _announce(service, address, loaded_s))
 
 
 def _server_config(options: dict[str, Any], model: str) -> ServerConfig:

@@ -1,9 +1,15 @@
-"""Fixtures of the HTTP tests: the application in this process, with an engine that is scripted."""
+"""Fixtures of the HTTP tests: the application with a scripted engine, and real processes."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,6 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from qserve.serve.admission import Admission
 from qserve.serve.app import create_app
@@ -34,6 +41,8 @@ from qserve.serve.tokenizer import Tokenizer
 
 EOS = 2
 MAX_MODEL_LEN = 64
+LISTENS = re.compile(r"serves .* at (http://\S+|unix:\S+)")
+START_LIMIT_S = 60
 Result = TypeVar("Result")
 
 
@@ -216,6 +225,76 @@ def refused(response: httpx.Response, status: int, param: str | None) -> str:
     return str(error["message"])
 
 
+class ServerProcess:
+    """`qserve serve` as users run it; use as a context manager."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.log: list[str] = []
+        self.url = ""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qserve.cli.main", "serve", *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self._ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := LISTENS.search(line):
+                self.url = found.group(1)
+            if "curl" in line:
+                self._ready.set()
+        self._ready.set()  # it has died
+
+    def wait_until_ready(self) -> ServerProcess:
+        self._ready.wait(START_LIMIT_S)
+        assert self.url, f"the server did not start:\n{''.join(self.log)}"
+        return self
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit code, once the process has ended by itself."""
+        code = self.process.wait(timeout_s)
+        self._reader.join(timeout_s)
+        return code
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        text = httpx.get(f"{self.url}/metrics").text
+        samples = [
+            sample
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == f"qserve:{name}" and labels.items() <= sample.labels.items()
+        ]
+        return sum(float(sample.value) for sample in samples)
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+        self._reader.join(10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Callable[..., ServerProcess]:
+    """``with start_server(MODEL, "--port", "0") as server`` runs the command in a process."""
+    return ServerProcess
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tiny_llama: Path) -> Tokenizer:
     return Tokenizer(tiny_llama)
@@ -238,9 +317,11 @@ def make_client(tokenizer: Tokenizer) -> MakeClient:
         bridge = Bridge(engine.connect, max_sequences)
         names = config.pop("served_model_names", ("tiny", "org/tiny-alias"))
         card = ModelCard(names, "tiny", MAX_MODEL_LEN, 512, "qserve-test", int(time.time()))
-        metrics = Metrics("qserve", names[0], MAX_MODEL_LEN, lambda: bridge.stats)
+        settings = ServerConfig(**config)
+        prefix = settings.metrics_prefix
+        metrics = Metrics(prefix, names[0], MAX_MODEL_LEN, lambda: bridge.stats)
         service = Service(
-            ServerConfig(**config),
+            settings,
             card,
             tokenizer,
             defaults or SamplingDefaults(),
