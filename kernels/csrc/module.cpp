@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "matmul.h"
 #include "pool.h"
+#include "program.h"
 #include "sequence_ops.h"
 
 namespace nb = nanobind;
@@ -13,10 +14,11 @@ using qserve::CacheView;
 using qserve::DenseWeight;
 using qserve::FloatType;
 using qserve::PanelWeight;
+using qserve::Program;
 
 namespace {
 
-constexpr int kAbiVersion = 2;  // raised when a signature or a layout changes; qserve.kernels.native knows it
+constexpr int kAbiVersion = 3;  // raised when a signature or a layout changes; qserve.kernels.native knows it
 
 template <typename T>
 T* at(uintptr_t address) {
@@ -33,7 +35,8 @@ struct Int8Weight : PanelWeight {
 
 void multiply(const PanelWeight& weight, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t out, int64_t out_stride,
               bool quantized) {
-  weight.multiply(at<const float>(x), x_stride, rows, at<float>(out), out_stride, quantized);
+  Program::run_or_note(
+      [=, &weight] { weight.multiply(at<const float>(x), x_stride, rows, at<float>(out), out_stride, quantized); });
 }
 
 void bind_weights(nb::module_& m) {
@@ -70,62 +73,64 @@ void bind_weights(nb::module_& m) {
       .def(
           "run",
           [](const DenseWeight& w, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t out, int64_t out_stride) {
-            w.multiply(at<const float>(x), x_stride, rows, at<float>(out), out_stride);
+            Program::run_or_note(
+                [=, &w] { w.multiply(at<const float>(x), x_stride, rows, at<float>(out), out_stride); });
           },
           Released());
 }
 
 void rms_norm(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t weight, float eps,
               uintptr_t out, int64_t out_stride, int64_t rows, int64_t width) {
-  qserve::rms_norm({.x = at<const float>(x),
-                    .x_stride = x_stride,
-                    .residual = at<float>(residual),
-                    .residual_stride = residual_stride,
-                    .weight = at<const float>(weight),
-                    .eps = eps,
-                    .out = at<float>(out),
-                    .out_stride = out_stride,
-                    .width = width},
-                   rows);
+  const qserve::NormJob job{.x = at<const float>(x),
+                            .x_stride = x_stride,
+                            .residual = at<float>(residual),
+                            .residual_stride = residual_stride,
+                            .weight = at<const float>(weight),
+                            .eps = eps,
+                            .out = at<float>(out),
+                            .out_stride = out_stride,
+                            .width = width};
+  Program::run_or_note([=] { qserve::rms_norm(job, rows); });
 }
 
 void silu_mul(uintptr_t gate_up, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t rows, int64_t width) {
-  qserve::silu_mul({.gate_up = at<const float>(gate_up),
-                    .x_stride = x_stride,
-                    .out = at<float>(out),
-                    .out_stride = out_stride,
-                    .width = width},
-                   rows);
+  const qserve::SiluJob job{.gate_up = at<const float>(gate_up),
+                            .x_stride = x_stride,
+                            .out = at<float>(out),
+                            .out_stride = out_stride,
+                            .width = width};
+  Program::run_or_note([=] { qserve::silu_mul(job, rows); });
 }
 
 void rope_and_store(uintptr_t qkv, int64_t stride, int64_t num_tokens, int64_t width, uintptr_t positions,
                     uintptr_t slots, uintptr_t cos_sin, int64_t max_positions, const CacheView& cache) {
-  qserve::rope_and_store({.qkv = at<float>(qkv),
-                          .stride = stride,
-                          .num_heads = width / cache.head_dim - 2 * cache.num_kv_heads,
-                          .positions = at<const int32_t>(positions),
-                          .slots = at<const int32_t>(slots),
-                          .cos_sin = at<const float>(cos_sin),
-                          .cache = cache},
-                         num_tokens, max_positions);
+  const qserve::RopeJob job{.qkv = at<float>(qkv),
+                            .stride = stride,
+                            .num_heads = width / cache.head_dim - 2 * cache.num_kv_heads,
+                            .positions = at<const int32_t>(positions),
+                            .slots = at<const int32_t>(slots),
+                            .cos_sin = at<const float>(cos_sin),
+                            .cache = cache};
+  Program::run_or_note([=] { qserve::rope_and_store(job, num_tokens, max_positions); });
 }
 
 void paged_attention(uintptr_t q, int64_t q_stride, int64_t num_rows, int64_t width, const CacheView& cache,
                      uintptr_t block_tables, int64_t max_blocks, uintptr_t context_lens, uintptr_t starts,
                      int64_t num_sequences, float scale, uintptr_t out, int64_t out_stride) {
-  qserve::paged_attention({.q = at<const float>(q),
-                           .q_stride = q_stride,
-                           .out = at<float>(out),
-                           .out_stride = out_stride,
-                           .heads_per_kv = width / cache.head_dim / cache.num_kv_heads,
-                           .scale = scale,
-                           .cache = cache},
-                          {.block_tables = at<const int32_t>(block_tables),
-                           .max_blocks = max_blocks,
-                           .context_lens = at<const int32_t>(context_lens),
-                           .starts = at<const int32_t>(starts),
-                           .num_sequences = num_sequences,
-                           .num_rows = num_rows});
+  const qserve::AttentionJob job{.q = at<const float>(q),
+                                 .q_stride = q_stride,
+                                 .out = at<float>(out),
+                                 .out_stride = out_stride,
+                                 .heads_per_kv = width / cache.head_dim / cache.num_kv_heads,
+                                 .scale = scale,
+                                 .cache = cache};
+  const qserve::RaggedBatch batch{.block_tables = at<const int32_t>(block_tables),
+                                  .max_blocks = max_blocks,
+                                  .context_lens = at<const int32_t>(context_lens),
+                                  .starts = at<const int32_t>(starts),
+                                  .num_sequences = num_sequences,
+                                  .num_rows = num_rows};
+  Program::run_or_note([=] { qserve::paged_attention(job, batch); });
 }
 
 void bind_cache(nb::module_& m) {
@@ -134,6 +139,15 @@ void bind_cache(nb::module_& m) {
                           int64_t block_size, int64_t head_dim, FloatType type) {
         new (self) CacheView{at<void>(k), at<void>(v), num_blocks, num_kv_heads, block_size, head_dim, type};
       });
+}
+
+void bind_program(nb::module_& m) {
+  nb::class_<Program>(m, "Program")
+      .def(nb::init<>())
+      .def("begin", &Program::begin)
+      .def("end", &Program::end)
+      .def("run", &Program::run, nb::call_guard<nb::gil_scoped_release>())
+      .def("__len__", &Program::size);
 }
 
 }  // namespace
@@ -148,6 +162,7 @@ NB_MODULE(_cpu, m) {
   m.def("set_num_threads", &qserve::set_num_threads, Released());
   bind_weights(m);
   bind_cache(m);
+  bind_program(m);
   m.def("rms_norm", &rms_norm, Released());
   m.def("silu_mul", &silu_mul, Released());
   m.def("rope_and_store", &rope_and_store, Released());
