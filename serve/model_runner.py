@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from qserve.kernels import native
+from qserve.kernels.program import Program
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.serve.batch import BatchBuilder
+from qserve.serve.batch import Batch, BatchBuilder
 from qserve.serve.config import EngineConfig
 from qserve.serve.kv_cache_allocation import (
     KVCachePlan,
@@ -57,12 +58,37 @@ class ModelRunner:
         dtype: torch.dtype = getattr(torch, config.kv_dtype.value)
         self._caches = allocate_kv_cache(model_config, self.plan, dtype)
         self._batches = BatchBuilder(self.limits, config.block_size)
+        self._programs: dict[int, Program] = {}  # by the number of sequences
+        self._records_programs = native.available() and self._model.is_native
 
     def run(self, chunks: Items[Chunk]) -> NDArray[np.float32]:
         """Compute the chunks; see ``engine.Runner``."""
         batch = self._batches.build(chunks)
-        logits: NDArray[np.float32] = self._model.forward(batch, self._caches).numpy()
-        return logits
+        self._model.embed(batch.token_ids)
+        is_decode = batch.token_ids.size(0) == batch.sample_rows.size(0)
+        if is_decode and self._records_programs:
+            logits = self._run_program(batch)
+        else:
+            logits = self._model.compute(batch, self._caches)
+        return logits.numpy()
+
+    def _run_program(self, batch: Batch) -> torch.Tensor:
+        """Compute a batch of one row a sequence as a recorded program.
+
+        Such batches of one size differ only in what their arrays hold: the arrays, the buffers and
+        the cache stay where they are.
+        """
+        size = batch.token_ids.size(0)
+        program = self._programs.get(size)
+        if program is None:
+            program = Program(lambda: self._model.compute(batch, self._caches))
+            if len(program) != self._model.num_kernels:
+                self._records_programs = False
+                self._model.embed(batch.token_ids)  # what did run has overwritten it
+                return self._model.compute(batch, self._caches)
+            self._programs[size] = program
+        program.run()
+        return self._model.logits(size)
 
 
 def read_eos_token_ids(checkpoint: Checkpoint) -> frozenset[int]:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from qserve.kernels.activations import Activations
+from qserve.kernels.backend import Backend
 from qserve.kernels.dense_matmul import DenseWeight, dense_matmul
 from qserve.kernels.int4_matmul import Int4Weight, int4_matmul
 from qserve.kernels.int8_matmul import Int8Weight, int8_matmul
@@ -19,9 +20,19 @@ class Linear:
 
     Several weights are outputs side by side, ``[y0 | y1 | ...]``: layers of one input whose formats
     differ and that therefore could not be joined into one weight.
+
+    is_native: a call is ``num_parts`` calls of native kernels and nothing else.
     """
 
-    __slots__ = ("_bias", "_parts", "in_features", "nbytes", "out_features")
+    __slots__ = (
+        "_bias",
+        "_parts",
+        "in_features",
+        "is_native",
+        "nbytes",
+        "num_parts",
+        "out_features",
+    )
 
     def __init__(
         self,
@@ -30,6 +41,8 @@ class Linear:
         activations: Activations = Activations.FLOAT32,
     ) -> None:
         """bias: float32 ``[out_features]``. activations: input of the quantized matmuls."""
+        self.is_native = bias is None and all(w.backend is Backend.CPU for w in weights)
+        self.num_parts = len(weights)
         self.in_features = weights[0].in_features
         self.out_features = sum(weight.out_features for weight in weights)
         self.nbytes = sum(weight.nbytes for weight in weights)

@@ -107,16 +107,39 @@ class LlamaModel:
         self._samples = torch.empty(max_num_samples, config.hidden_size)
         self._logits = torch.empty(max_num_samples, config.vocab_size)
 
-    def forward(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
-        """Compute a batch and store its keys and values.
+    @property
+    def is_native(self) -> bool:
+        """Whether ``compute`` calls nothing but native kernels when every row is sampled."""
+        linears = [
+            linear
+            for layer in self.layers
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        ]
+        return all(linear.is_native for linear in [*linears, self.head])
+
+    @property
+    def num_kernels(self) -> int:
+        """Native calls of ``compute`` when every row is sampled."""
+        layer = self.layers[0]
+        linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
+        others = 5  # two norms, rotation, attention, activation
+        per_layer = others + sum(linear.num_parts for linear in linears)
+        return len(self.layers) * per_layer + 1 + self.head.num_parts
+
+    def embed(self, token_ids: torch.Tensor) -> None:
+        """Begin a step: the rows of the tokens become the residual stream."""
+        b = self._rows(token_ids.size(0))
+        torch.index_select(self.embedding, 0, token_ids, out=b.embedded)
+        b.residual.copy_(b.embedded)
+
+    def compute(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
+        """Take an embedded batch through the layers and store its keys and values.
 
         Returns float32 logits ``[num_samples, vocab_size]`` of ``batch.sample_rows``, valid until
         the next call.
         """
         b = self._rows(batch.token_ids.size(0))
         eps = self.config.rms_norm_eps
-        torch.index_select(self.embedding, 0, batch.token_ids, out=b.embedded)
-        b.residual.copy_(b.embedded)
         rms_norm(b.residual, self.layers[0].input_norm, eps, out=b.normed)
         for i, layer in enumerate(self.layers):
             if i:
@@ -124,9 +147,18 @@ class LlamaModel:
             layer.forward(b, caches[i], self.cos_sin, batch)
         rms_norm(b.update, self.norm, eps, residual=b.residual, out=b.normed)
         num_samples = batch.sample_rows.size(0)
-        samples, logits = self._samples[:num_samples], self._logits[:num_samples]
-        torch.index_select(b.normed, 0, batch.sample_rows, out=samples)
-        return self.head(samples, logits) if num_samples else logits
+        logits = self._logits[:num_samples]
+        if not num_samples:
+            return logits
+        samples = b.normed
+        if num_samples < batch.token_ids.size(0):
+            samples = self._samples[:num_samples]
+            torch.index_select(b.normed, 0, batch.sample_rows, out=samples)
+        return self.head(samples, logits)
+
+    def logits(self, num_samples: int) -> torch.Tensor:
+        """The logits that the last ``compute`` left: float32 ``[num_samples, vocab_size]``."""
+        return self._logits[:num_samples]
 
     def _allocate(self, num_tokens: int) -> Buffers:
         config = self.config
