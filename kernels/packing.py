@@ -85,11 +85,16 @@ def pack_awq(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_awq(words: torch.Tensor) -> torch.Tensor:
-    """The codes of AutoAWQ "gemm" words: int32 ``[..., w]`` to uint8 ``[..., 8 * w]``, in order."""
-    natural = torch.empty(8, dtype=torch.long)
-    natural[torch.tensor(AWQ_ORDER)] = torch.arange(8)
-    fields = unpack_words(words, 4, words.shape[-1] * 8)
-    return _split_last(fields, 8)[..., natural].flatten(-2)
+    """The codes of AutoAWQ "gemm" words: int32 ``[..., w]`` to uint8 ``[..., 8 * w]``, in order.
+
+    Of a matrix ``[k, w]``, the transpose of the result is contiguous: that is what a reader wants,
+    and unpacking the transpose is several times as fast, since every copy then runs along memory.
+    """
+    columns = words.reshape(-1, words.shape[-1]).T.contiguous()
+    codes = torch.empty(columns.shape[0], 8, columns.shape[1], dtype=torch.uint8)
+    for field, element in enumerate(AWQ_ORDER):
+        codes[:, element] = columns >> (4 * field) & 15
+    return codes.flatten(0, 1).T.reshape(*words.shape[:-1], words.shape[-1] * 8)
 
 
 def _split_last(values: torch.Tensor, size: int) -> torch.Tensor:
