@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,18 @@ def _read_chat_template(context: click.Context, parameter: click.Parameter, valu
         return Path(value).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise click.BadParameter(f"{value} cannot be read as a template: {error}") from None
+
+
+def _read_origins(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    if value is None or not value.startswith("["):
+        return () if value is None else (value,)
+    try:
+        origins = json.loads(value)
+    except ValueError:
+        origins = None
+    if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
+        raise click.BadParameter(f'{value} is not a JSON array of strings, such as ["*"]')
+    return tuple(origins)
 
 
 def _refuse_empty(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -68,6 +81,11 @@ def _refuse_empty(context: click.Context, parameter: click.Parameter, value: Any
     show_envvar=True,
     callback=_refuse_empty,
     help="Key that clients must send; may be repeated.",
+)
+@click.option(
+    "--allowed-origins",
+    callback=_read_origins,
+    help="Web pages that may call from a browser: a JSON array, or one origin, or *.",
 )
 @click.option(
     "--max-model-len",
@@ -206,11 +224,12 @@ def _serve(model: str, options: dict[str, Any]) -> None:
     from qserve.serve.server import serve
 
     engine_config = _engine_config(options)
-    folder = resolve_model(model, cache=cache_folder(os.environ), notice=say).folder
-    service = assemble(folder, engine_config, config)
     address = address_of(config, listener)
-    loaded_s = time.monotonic() - start_s
-    serve(service, listener, lambda: _announce(service, address, loaded_s))
+    with listener or nullcontext():
+        folder = resolve_model(model, cache=cache_folder(os.environ), notice=say).folder
+        service = assemble(folder, engine_config, config)
+        loaded_s = time.monotonic() - start_s
+        serve(service, listener, lambda: _announce(service, address, loaded_s))
 
 
 def _server_config(options: dict[str, Any], model: str) -> ServerConfig:
@@ -223,6 +242,7 @@ def _server_config(options: dict[str, Any], model: str) -> ServerConfig:
         served_model_names=options["served_model_name"] or (default_name(model),),
         allow_any_model_name=options["allow_any_model_name"],
         api_keys=options["api_key"],
+        allowed_origins=options["allowed_origins"],
         chat_template=options["chat_template"],
         trust_request_chat_template=options["trust_request_chat_template"],
         generation_config=options["generation_config"] == "auto",

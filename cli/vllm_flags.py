@@ -28,7 +28,7 @@ VALUE_FLAGS = """
     --otlp-traces-endpoint --collect-detailed-traces --custom-histogram-buckets
     --show-hidden-metrics-for-version --tool-call-parser --tool-parser-plugin --reasoning-parser
     --response-role --chat-template-content-format --default-chat-template-kwargs --max-log-len
-    --disable-access-log-for-endpoints --api-server-count --allowed-origins --allowed-methods
+    --disable-access-log-for-endpoints --api-server-count --allowed-methods
     --allowed-headers --swap-space --max-loras --max-lora-rank --lora-dtype --max-cpu-loras
 """
 SWITCH_FLAGS = """

@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,6 +22,7 @@ from qserve.serve.chat import ChatEndpoint
 from qserve.serve.completions import CompletionEndpoint
 from qserve.serve.errors import EngineDead, ModelNotFound, Overloaded, ServeError
 from qserve.serve.middleware import Admitted, ApiKeys, HttpMetrics, RequestIds
+from qserve.serve.protocol import cut
 from qserve.serve.service import Service
 from qserve.serve.streaming import ClientDisconnected, error_body
 from qserve.serve.tokenization import TokenizerEndpoint
@@ -43,6 +45,14 @@ def create_app(service: Service) -> ASGIApp:
     guarded: ASGIApp = app
     if service.config.api_keys:
         guarded = ApiKeys(guarded, service.config.api_keys)
+    if service.config.allowed_origins:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=service.config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
+        )
     return RequestIds(HttpMetrics(guarded, service.metrics))
 
 
@@ -143,8 +153,13 @@ def on_http_error(request: Request, error: Exception) -> Response:
     """An unknown route or a wrong verb."""
     assert isinstance(error, HTTPException)
     status = error.status_code
-    what = "There is no route" if status == 404 else "The method does not fit the route"
-    message = f"{what} {request.method} {request.url.path[:200]}: {error.detail}."
+    asked = f"{request.method} {cut(request.url.path)}"
+    message = f"{asked}: {error.detail}."
+    if status == 404:
+        message = f"There is no route {asked}; the completions are below /v1."
+    elif status == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"The route does not take {asked}: use {allowed}."
     body = {
         "message": message,
         "type": HTTP_ERROR_TYPES.get(status, "BadRequestError"),

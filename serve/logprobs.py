@@ -27,13 +27,18 @@ class TokenNames:
         return f"token_id:{token_id}" if self.as_ids else self.text_of(token_id)
 
 
+def writable(logprob: float) -> float:
+    """A number that JSON has: minus infinity, and what is no number at all, become ``LOWEST``."""
+    return logprob if logprob > LOWEST else LOWEST
+
+
 def chat_logprobs(names: TokenNames, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
     """The ``logprobs`` object of a chat choice: one entry for each token."""
 
     def describe(token_id: int, logprob: float) -> dict[str, Any]:
         return {
             "token": names.name(token_id),
-            "logprob": max(logprob, LOWEST),
+            "logprob": writable(logprob),
             "bytes": list(names.bytes_of(token_id)),
         }
 
@@ -60,11 +65,11 @@ class CompletionLogprobs:
             tokens.append(name)
             offsets.append(self.offset)
             self.offset += len(name)
-            best = {self.names.name(token): max(logprob, LOWEST) for token, logprob in entry.top}
-            top.append(best | {name: max(entry.logprob, LOWEST)})
+            best = {self.names.name(token): writable(logprob) for token, logprob in entry.top}
+            top.append(best | {name: writable(entry.logprob)})
         return {
             "tokens": tokens,
-            "token_logprobs": [max(entry.logprob, LOWEST) for entry in entries],
+            "token_logprobs": [writable(entry.logprob) for entry in entries],
             "top_logprobs": top,
             "text_offset": offsets,
         }

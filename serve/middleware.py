@@ -26,6 +26,8 @@ KNOWN_PATHS = frozenset(
     ("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize")
 )
 
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
 
 class Admitted:
     """Counts a route's requests as inside until their response has been sent in full."""
@@ -89,7 +91,8 @@ class HttpMetrics:
             await self._app(scope, receive, send_and_note)
         finally:
             seconds = time.monotonic() - start_s
-            self._metrics.http(scope["method"], _handler(scope["path"]), status, seconds)
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self._metrics.http(method, _handler(scope["path"]), status, seconds)
 
 
 class ApiKeys:

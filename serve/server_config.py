@@ -17,6 +17,7 @@ class ServerConfig:
         name of the checkpoint's folder.
     allow_any_model_name: a request for an unknown model is answered by this one, not with 404.
     api_keys: any of them opens the guarded routes; empty: all routes are open.
+    allowed_origins: web pages that may call the server from a browser (CORS); ``*`` is every page.
     chat_template: replaces the checkpoint's own. trust_request_chat_template: a request may bring
         one.
     generation_config: take sampling defaults from the checkpoint's ``generation_config.json``.
@@ -35,6 +36,7 @@ class ServerConfig:
     served_model_names: tuple[str, ...] = ()
     allow_any_model_name: bool = False
     api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     generation_config: bool = True

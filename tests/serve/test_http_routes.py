@@ -192,6 +192,17 @@ def test_preflight_requests_need_no_key(locked: Any) -> None:
     assert locked.request("OPTIONS", "/v1/models").status_code == 405
 
 
+def test_browsers_are_let_in_only_where_it_was_said(make_client: Any) -> None:
+    origin = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    path = "/v1/chat/completions"
+    open_to = make_client(allowed_origins=("https://chat.example",), api_keys=("k",))
+    preflight = open_to.request("OPTIONS", path, headers=origin)
+    assert preflight.status_code == 200
+    assert preflight.headers["access-control-allow-origin"] == "https://chat.example"
+    closed = make_client().get("/health", headers=origin)
+    assert "access-control-allow-origin" not in closed.headers
+
+
 def test_a_full_queue_is_told_with_a_time_to_come_back(make_client: Any, message_of: Any) -> None:
     client = make_client(max_sequences=2)
     message_of(client.chat(n=3), 400, "n")
