@@ -1,0 +1,141 @@
+"""`qserve quantize`: what it writes and says, and how it refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qserve.cli.errors import ExitCode
+from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.quant.formats.checkpoint import Checkpoint
+
+LAYER = "model.layers.1.mlp.down_proj"
+FEW = ("--samples", "2", "--seq-len", "16", "--threads", "1")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the result is to appear: the only thing in its folder."""
+    (tmp_path / "results").mkdir()
+    return tmp_path / "results" / "out"
+
+
+def test_rounding_writes_a_checkpoint_and_says_what_it_cost(
+    tiny_llama: Path, out: Path, qserve: Callable[..., Any]
+) -> None:
+    done = qserve("quantize", tiny_llama, "--rtn", "-o", out)
+    assert done.code == ExitCode.OK
+    assert done.err.startswith("groups of 64: the largest of 128, 64 and 32 that fits every layer")
+    text = "".join(done.out.split())  # without the table's line breaks
+    for part in ("sizebefore", "sizeafter", "4.312", "peakmemory", "quantization_report.json"):
+        assert part in text
+    original = Checkpoint(tiny_llama).tensor(f"{LAYER}.weight").float()
+    packed = Checkpoint(out).linear(LAYER)
+    assert isinstance(packed, GroupedWeight)
+    worst = (packed.dequantize() - original).abs()
+    # Half a step, and what storing the scale in float16 adds over 15 steps.
+    limit = packed.scales.float().repeat_interleave(64, 1) * (0.5 + 15 * 2**-11)
+    assert bool((worst <= limit).all())
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_json_is_all_there_is_on_stdout(
+    tiny_llama: Path, out: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text("The harbour wakes before the town does. " * 40)
+    done = qserve("quantize", tiny_llama, "-o", out, "--calibration", text, *FEW, "--json")
+    summary = json.loads(done.out)
+    assert summary["output"] == str(out)
+    assert summary["method"] == "awq"
+    assert summary["group_size"] == 64
+    assert summary["calibration"]["source"] == "calibration.txt"
+    assert summary["num_quantized_layers"] == 14
+    assert summary["sizes"]["bits_per_weight"] == 4.3125
+    report = json.loads(Path(summary["report"]).read_text())
+    assert {layer["name"] for layer in report["layers"]} >= {LAYER}
+
+
+def test_self_written_calibration_is_possible(
+    tiny_llama: Path, out: Path, qserve: Callable[..., Any]
+) -> None:
+    done = qserve("quantize", tiny_llama, "-o", out, "--calibration", "self", *FEW, "--json")
+    assert json.loads(done.out)["calibration"]["source"] == "self"
+
+
+def test_ignored_layers_stay_in_16_bits(
+    tiny_llama: Path, out: Path, qserve: Callable[..., Any]
+) -> None:
+    done = qserve(
+        "quantize", tiny_llama, "--rtn", "-o", out, "--ignore", r"\.1\.mlp\.down", "--json"
+    )
+    assert json.loads(done.out)["num_skipped_layers"] == 1
+    assert isinstance(Checkpoint(out).linear(LAYER), torch.Tensor)
+
+
+def test_force_replaces_an_older_result(
+    tiny_llama: Path, out: Path, qserve: Callable[..., Any]
+) -> None:
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "stale.bin").touch()
+    refused = qserve("quantize", tiny_llama, "--rtn", "-o", out)
+    assert refused.code == ExitCode.OUTPUT
+    assert qserve("quantize", tiny_llama, "--rtn", "-o", out, "--force").code == ExitCode.OK
+    assert not (out / "stale.bin").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+OPTIONS = {
+    "no model": ((), ExitCode.USAGE, "Missing argument 'MODEL'"),
+    "bits": (("--bits", "3"), ExitCode.USAGE, "bits 3"),
+    "bits type": (("--bits", "four"), ExitCode.USAGE, "'four' is not a valid integer"),
+    "group size": (("--group-size", "48"), ExitCode.USAGE, "group size 48"),
+    "group size that does not divide": (
+        ("--group-size", "128"),
+        ExitCode.USAGE,
+        "do not divide the 64 inputs of .*use a group size of 64 or 32",
+    ),
+    "samples": (("--samples", "0"), ExitCode.USAGE, "0 is not in the range x>=1"),
+    "seq len": (("--seq-len", "1"), ExitCode.USAGE, "1 is not in the range x>=2"),
+    "threads": (("--threads", "-1"), ExitCode.USAGE, "-1 is not in the range"),
+    "seed": (("--seed", "x"), ExitCode.USAGE, "'x' is not a valid integer"),
+    "regex": (("--ignore", "["), ExitCode.USAGE, r"'\[' is not a regular expression"),
+    "regex matches nothing": (("--ignore", "conv"), ExitCode.USAGE, "'conv' matches no linear"),
+    "regex matches all": (("--ignore", "proj"), ExitCode.USAGE, "no linear layer is left"),
+    "unknown option": (("--gptq",), ExitCode.USAGE, "--gptq"),
+    "windows beyond the context": (("--seq-len", "513"), ExitCode.CALIBRATION, "513 tokens"),
+    "no such text": (("--calibration", "no.txt"), ExitCode.CALIBRATION, "no.txt cannot be read"),
+    "text is a folder": (("--calibration", "folder"), ExitCode.CALIBRATION, "cannot be read"),
+    "text is short": (("--calibration", "short.txt"), ExitCode.CALIBRATION, "a longer text"),
+    "text is empty": (("--calibration", "empty.txt"), ExitCode.CALIBRATION, "0 tokens"),
+    "text is binary": (("--calibration", "binary.txt"), ExitCode.CALIBRATION, "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS.values(), ids=OPTIONS)
+def test_wrong_options_are_refused(
+    case: tuple[tuple[str, ...], ExitCode, str],
+    tiny_llama: Path,
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    qserve: Callable[..., Any],
+) -> None:
+    options, code, message = case
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("Too short.")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\x00" * 9000)
+    models = (tiny_llama,) if options else ()
+    done = qserve("quantize", *models, "-o", out, *options)
+    assert done.code == code
+    assert re.search(message, done.error), done.error
+    assert list(out.parent.iterdir()) == []
