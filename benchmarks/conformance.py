@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +63,26 @@ def prepare_environment() -> Path:
         say(f"making {folder.relative_to(ROOT)} with {', '.join(PEERS.values())} (once)")
         venv.create(folder, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--requirement", str(REQUIREMENTS)], check=True)
-        subprocess.run([*pip, "--no-deps", "--no-build-isolation", *PEERS.values()], check=True)
+        log = folder / "pip.log"
+        run([*pip, "--requirement", str(REQUIREMENTS)], log)
+        run([*pip, "--no-deps", "--no-build-isolation", *PEERS.values()], log)
         done.write_text(pins)
     return python
+
+
+def run(command: Sequence[str | Path], log: Path, **environment: str) -> None:
+    """Run a command with what it prints added to ``log``."""
+    with log.open("a") as file:
+        done = subprocess.run(
+            command,
+            stdout=file,
+            stderr=file,
+            env=os.environ | environment,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    if done.returncode:
+        raise click.ClickException(f"{Path(command[0]).name} failed: its output is in {log}")
 
 
 def prepare_checkpoint() -> Path:
@@ -94,18 +111,10 @@ def run_peer(peer: str, python: Path, folder: Path, tokens: Path) -> dict[str, t
     """What a peer computes: ``logits``, and weights by their full names."""
     result = tokens.with_name(f"{peer}.safetensors")
     log = tokens.with_name(f"{peer}.log")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-    with log.open("w") as file:
-        done = subprocess.run(
-            [python, PEERS_SCRIPT, peer, folder, tokens, result],
-            stdout=file,
-            stderr=file,
-            env=environment,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-    if done.returncode:
-        raise click.ClickException(f"{peer} failed, its output is in {log}")
+    log.unlink(missing_ok=True)
+    # On two cores GPTQModel refuses to be imported unless it is told how many to use.
+    command: list[str | Path] = [python, PEERS_SCRIPT, peer, folder, tokens, result]
+    run(command, log, HF_HUB_OFFLINE="1", GPTQMODEL_CPU_WORKERS="2")
     return load_file(result)
 
 
