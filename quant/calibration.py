@@ -1,0 +1,89 @@
+"""The tokens that quantization looks at: a file's, the package's texts, or the model's own."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from qserve.quant.calibration_text import texts
+from qserve.quant.decoder import Decoder
+from qserve.quant.errors import CalibrationError
+from qserve.quant.options import CalibrationSource, QuantizeOptions
+from qserve.quant.windows import read_text, spread_windows, tokenize
+
+SEQUENCES_AT_ONCE = 16
+"""Self-generated windows written in one batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Windows of tokens and where they come from.
+
+    token_ids: ``[num_windows, seq_len]``.
+    source: the file's name, ``built-in`` or ``self``.
+    sha256: of the UTF-8 text; of the token ids (int64, little-endian) for self-generated windows.
+    num_text_tokens: tokens of the whole text the windows are taken from.
+    """
+
+    token_ids: torch.Tensor
+    source: str
+    sha256: str
+    num_text_tokens: int
+
+
+def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibration:
+    """The calibration windows that the options ask for.
+
+    Raises ``CalibrationError`` when the text cannot be read or is shorter than one window, or when
+    a window is longer than the model's context.
+    """
+    longest = decoder.config.max_position_embeddings
+    if options.seq_len > longest:
+        raise CalibrationError(
+            f"windows of {options.seq_len} tokens, the model was made for {longest}: "
+            "use a smaller seq_len"
+        )
+    if options.calibration is CalibrationSource.SELF:
+        return _generate(decoder, options)
+    if isinstance(options.calibration, Path):
+        name, text = options.calibration.name, read_text(options.calibration)
+    else:
+        name, text = options.calibration.value, "\n\n".join(texts())
+    ids = tokenize(decoder.checkpoint.folder, text)
+    windows = spread_windows(ids, options.num_samples, options.seq_len)
+    return Calibration(windows, name, hashlib.sha256(text.encode()).hexdigest(), len(ids))
+
+
+def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
+    """Text that the model writes itself, each window from a random first token, at temperature 1.
+
+    The whole model is in memory for this, in the type of the checkpoint.
+    (LLM-QAT, Liu et al. 2023, section 3.1: a model's own text covers what it has learned.)
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        decoder.checkpoint.folder, local_files_only=True, dtype="auto"
+    ).eval()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(options.seed)
+        first = torch.randint(decoder.config.vocab_size, (options.num_samples, 1))
+        batches = [
+            model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=options.seq_len - 1,
+                max_new_tokens=options.seq_len - 1,
+            )
+            for start in first.split(SEQUENCES_AT_ONCE)
+        ]
+    token_ids = torch.cat(batches)
+    digest = hashlib.sha256(token_ids.numpy().astype("<i8").tobytes()).hexdigest()
+    return Calibration(token_ids, CalibrationSource.SELF.value, digest, token_ids.numel())

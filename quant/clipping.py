@@ -1,0 +1,66 @@
+"""The range step: how far the grid of each group reaches, judged by the Gram matrix of its inputs.
+
+A narrower range rounds most weights better and a few large ones worse. Both ends are searched.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.quant.grid import Grid, grid_over, rounding_difference
+from qserve.quant.objective import diagonal_blocks
+
+COARSE = (0.875, 0.75, 0.625, 0.5)
+"""Shares of the full range tried on both ends at once."""
+
+REFINEMENTS = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
+"""Steps tried on one end at a time, from each group's best so far, in both directions."""
+
+MAX_REACH = 1.125
+"""A grid may reach a little beyond the extremes: their rounding to whole codes can gain by it."""
+
+
+def search_grid(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits: int) -> Grid:
+    """The grid ``[N, G]`` for which rounding to nearest has the least error, group by group.
+
+    weight: ``[N, K]``. gram: ``[K, K]``; only the block of each group counts, so the groups of a
+    row do not see each other. The full range is a candidate: no group ends worse than with it.
+    """
+    blocks = diagonal_blocks(gram, group_size)
+    groups = weight.unflatten(1, (-1, group_size))
+    scales = torch.empty(groups.shape[:2])
+    zero_points = torch.empty(groups.shape[:2])
+    for index, block in enumerate(blocks):
+        grid = _search_group(groups[:, index].contiguous(), block, bits)
+        scales[:, index], zero_points[:, index] = grid.scales, grid.zero_points
+    return Grid(scales, zero_points, bits)
+
+
+def _search_group(weights: torch.Tensor, block: torch.Tensor, bits: int) -> Grid:
+    """The grid ``[N]`` of one group of inputs: weights ``[N, g]``, Gram block ``[g, g]``."""
+    low, high = weights.amin(1), weights.amax(1)
+    buffer, product = torch.empty_like(weights), torch.empty_like(weights)
+
+    def errors(low_share: torch.Tensor, high_share: torch.Tensor) -> torch.Tensor:
+        grid = grid_over(low * low_share, high * high_share, bits)
+        difference = rounding_difference(weights, grid, out=buffer)
+        return torch.mm(difference, block, out=product).mul_(difference).sum(1)
+
+    low_share = torch.ones_like(low)
+    high_share = torch.ones_like(high)
+    best = errors(low_share, high_share)
+
+    def consider(low_try: torch.Tensor, high_try: torch.Tensor) -> None:
+        found = errors(low_try, high_try)
+        better = found < best
+        torch.where(better, found, best, out=best)
+        torch.where(better, low_try, low_share, out=low_share)
+        torch.where(better, high_try, high_share, out=high_share)
+
+    for share in COARSE:
+        consider(torch.full_like(low, share), torch.full_like(high, share))
+    for step in REFINEMENTS:
+        for change in (-step, step):
+            consider((low_share + change).clamp(max=MAX_REACH), high_share.clone())
+            consider(low_share.clone(), (high_share + change).clamp(max=MAX_REACH))
+    return grid_over(low * low_share, high * high_share, bits)

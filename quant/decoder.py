@@ -1,0 +1,260 @@
+"""A decoder run block by block: transformers' own modules, filled from a checkpoint one at a time.
+
+Memory is one block in float32, whatever the size of the model, plus the caller's hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.quant.architecture import Stage, architecture_of, check_attention
+from qserve.quant.errors import CheckpointError
+from qserve.quant.formats.checkpoint import Checkpoint
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+class ScratchMemory:
+    """Float32 memory that is reused: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self._slots: dict[str, torch.Tensor] = {}
+
+    def take(self, slot: str, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor, in the memory of what was taken from this slot before."""
+        size = torch.Size(shape).numel()
+        if slot not in self._slots or self._slots[slot].numel() < size:
+            self._slots[slot] = torch.empty(size)
+        return self._slots[slot][:size].view(shape)
+
+
+class Block:
+    """One decoder block in float32; changing its modules' weights changes what it computes."""
+
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        stages: tuple[Stage, ...],
+    ) -> None:
+        self.index = index
+        self.layer = layer
+        self.stages = stages
+        self._positions = positions  # cosines and sines, each [1, T, head_dim]
+
+    @property
+    def head_dim(self) -> int:
+        return self._positions[0].shape[-1]
+
+    def module(self, name: str) -> nn.Module:
+        """A submodule by its name inside the block, such as ``mlp.down_proj``."""
+        return self.layer.get_submodule(name)
+
+    def linear(self, name: str) -> nn.Linear:
+        """A linear layer by its name inside the block."""
+        module = self.module(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def full_name(self, name: str) -> str:
+        """The name that a module of this block has in the checkpoint."""
+        return f"model.layers.{self.index}.{name}"
+
+    def run_(self, hidden: torch.Tensor) -> None:
+        """Replace hidden states ``[S, T, hidden_size]`` by the output of the block."""
+        for window in hidden:
+            window.copy_(self.layer(window[None], position_embeddings=self._positions)[0])
+
+    def walk_(
+        self, hidden: torch.Tensor, scratch: ScratchMemory
+    ) -> Iterator[tuple[Stage, torch.Tensor]]:
+        """Each stage with the inputs ``[S, T, K]`` of its linear layers, in order of execution.
+
+        The caller may replace the weights of a stage before it takes the next one, which then sees
+        their effect; the inputs are overwritten by then. At the end ``hidden`` is the output of the
+        block.
+        """
+        attention, mlp = self.module("self_attn"), self.module("mlp")
+        into_attention, into_output, into_mlp, into_down = self.stages
+        num_windows, length, hidden_size = hidden.shape
+
+        normed = scratch.take("hidden-sized", num_windows, length, hidden_size)
+        for window, out in zip(hidden, normed, strict=True):
+            out.copy_(self.module("input_layernorm")(window))
+        yield into_attention, normed
+
+        width = self.linear(into_output.linears[0]).in_features
+        mixed = scratch.take("wide", num_windows, length, width)
+        with _bypassed(attention, "o_proj"):
+            for window, out in zip(normed, mixed, strict=True):
+                out.copy_(attention(window[None], position_embeddings=self._positions)[0][0])
+        yield into_output, mixed
+
+        output = self.linear(into_output.linears[0])
+        for window, inputs, out in zip(hidden, mixed, normed, strict=True):
+            window.add_(output(inputs))
+            out.copy_(self.module("post_attention_layernorm")(window))
+        yield into_mlp, normed
+
+        width = self.linear(into_down.linears[0]).in_features
+        gated = scratch.take("wide", num_windows, length, width)
+        with _bypassed(mlp, "down_proj"):
+            for window, out in zip(normed, gated, strict=True):
+                out.copy_(mlp(window))
+        yield into_down, gated
+
+        down = self.linear(into_down.linears[0])
+        for window, inputs in zip(hidden, gated, strict=True):
+            window.add_(down(inputs))
+
+
+@contextmanager
+def _bypassed(parent: nn.Module, name: str) -> Iterator[None]:
+    """The submodule returns its input, so that its parent gives what it would have been given."""
+    original = getattr(parent, name)
+    setattr(parent, name, nn.Identity())
+    try:
+        yield
+    finally:
+        setattr(parent, name, original)
+
+
+class Decoder:
+    """A float or AWQ checkpoint as embedding, blocks and head, each read when asked for.
+
+    Raises ``UnsupportedModelError`` for an architecture that is not in the table,
+    ``CheckpointError`` for a configuration that contradicts itself.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture_of(checkpoint)
+        self.config = _configuration(checkpoint)
+        check_attention(self.config, str(checkpoint.folder))
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def is_tied(self) -> bool:
+        """The head is the embedding matrix."""
+        return bool(self.config.tie_word_embeddings)
+
+    @cached_property
+    def skeleton(self) -> Block:
+        """A block without memory, on the meta device: names and shapes of all blocks."""
+        return self._build(0, length=1)
+
+    def block(self, index: int, length: int) -> Block:
+        """Block ``index`` for windows of ``length`` tokens, in float32, packed weights dequantized.
+
+        Raises ``CheckpointError`` for missing, wrongly shaped or non-finite tensors.
+        """
+        block = self._build(index, length)
+        block.layer.load_state_dict(
+            {name: self._parameter(block, name) for name in block.layer.state_dict()}, assign=True
+        )
+        block.layer.requires_grad_(False)
+        return block
+
+    def _build(self, index: int, length: int) -> Block:
+        with torch.device("meta"):
+            layer = self.architecture.layer(self.config, index)
+        return Block(index, layer.eval(), self._positions(length), self.architecture.stages)
+
+    def _positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rotary = self.architecture.rotary(self.config)
+        cosines, sines = rotary(torch.empty(0), torch.arange(length)[None])
+        return cosines, sines
+
+    def _parameter(self, block: Block, name: str) -> torch.Tensor:
+        """A parameter of a block as the modules want it: float32, of their shape, finite."""
+        full_name = block.full_name(name)
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and isinstance(block.module(module), nn.Linear):
+            weight = self.checkpoint.linear(block.full_name(module))
+            value = weight.dequantize() if isinstance(weight, GroupedWeight) else weight
+        else:
+            value = self.checkpoint.tensor(full_name)
+        expected = tuple(block.layer.get_parameter(name).shape)
+        return checked(value, full_name, expected)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[..., hidden_size]`` float32 of token ids ``[...]``."""
+        table = self.checkpoint.tensor(EMBEDDING)
+        if int(token_ids.max()) >= table.shape[0]:
+            raise CheckpointError(
+                f"the tokenizer gives id {int(token_ids.max())}, the embedding has "
+                f"{table.shape[0]} rows: the tokenizer files belong to another model"
+            )
+        return checked(nn.functional.embedding(token_ids, table), EMBEDDING, None)
+
+    def check_outside_blocks(self) -> None:
+        """Raise ``CheckpointError`` unless embedding, final norm and head are there and sound.
+
+        Blocks are checked when they are read; what is outside them may only be copied.
+        """
+        table = (self.config.vocab_size, self.config.hidden_size)
+        expected = {EMBEDDING: table, FINAL_NORM: table[1:]}
+        if not self.is_tied:
+            expected[HEAD] = table
+        for name, shape in expected.items():
+            check(self.checkpoint.tensor(name), name, shape)
+
+    def final_norm(self) -> nn.Module:
+        """The norm before the head, float32."""
+        norm = self.architecture.norm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        weight = checked(self.checkpoint.tensor(FINAL_NORM), FINAL_NORM, (self.config.hidden_size,))
+        norm.load_state_dict({"weight": weight}, assign=True)
+        return norm.requires_grad_(False)
+
+    def head(self) -> torch.Tensor:
+        """The output matrix ``[vocab_size, hidden_size]``, float32."""
+        name = EMBEDDING if self.is_tied else HEAD
+        return checked(
+            self.checkpoint.tensor(name), name, (self.config.vocab_size, self.config.hidden_size)
+        )
+
+
+def checked(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
+    """The tensor in float32. Raises ``CheckpointError`` for a wrong shape, infinity or NaN."""
+    check(value, name, shape)
+    return value.float()
+
+
+def check(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> None:
+    """Raise ``CheckpointError`` for a shape other than ``shape``, infinity or NaN."""
+    if shape is not None and tuple(value.shape) != shape:
+        raise CheckpointError(
+            f"{name} has shape {tuple(value.shape)}, config.json implies {shape}: "
+            "they are of different models"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise CheckpointError(
+            f"{name} holds infinite or NaN values: the checkpoint is damaged, fetch it again"
+        )
+
+
+def _configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, TypeError, KeyError, OSError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'} is not a usable configuration: {error}"
+        ) from None
+    config._attn_implementation = "sdpa"
+    return config

@@ -1,0 +1,182 @@
+"""How much a quantized model differs from the float one it was made from.
+
+A figure is comparable with another only when all of this is the same: the text, tokenized once by
+the base model's tokenizer without special tokens; windows evenly spread over it; every position of
+a window but its last predicts the next token, with no context from elsewhere; weights and
+activations in float32, sums in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from qserve.quant.decoder import Decoder
+from qserve.quant.errors import CalibrationError, CheckpointError
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.progress import Phase, Progress, ProgressCallback
+from qserve.quant.windows import spread_windows, tokenize
+
+DEFAULT_NUM_WINDOWS = 48
+DEFAULT_SEQ_LEN = 512
+
+POSITIONS_AT_ONCE = 128
+"""Positions whose logits are in memory at once: 25 MB for a vocabulary of 49152."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Means over windows, each window's value being the mean over its positions.
+
+    perplexity, base_perplexity: e to the mean negative log-likelihood of the text.
+    kl: mean divergence KL(base || model) of the next-token distributions, in nats.
+    top1: share of positions where both models hold the same token most likely.
+    ..._standard_error: over windows; NaN when there is only one.
+    Fields that need a base model are None without one.
+    """
+
+    num_windows: int
+    seq_len: int
+    perplexity: float
+    base_perplexity: float | None
+    kl: float | None
+    kl_standard_error: float | None
+    top1: float | None
+    top1_standard_error: float | None
+    seconds: float
+
+
+def evaluate(
+    model: Checkpoint,
+    base: Checkpoint | None,
+    text: str,
+    num_windows: int,
+    seq_len: int,
+    progress: ProgressCallback,
+) -> Evaluation:
+    """Judge a float or AWQ checkpoint on a text, against a float one when it is given.
+
+    Both models run block by block over all windows. A text too short for ``num_windows`` windows
+    gives fewer, see the result. Raises ``CalibrationError`` when it is shorter than one window or
+    the windows are longer than the context, ``CheckpointError`` when the models do not match.
+    """
+    started = time.perf_counter()
+    decoders = [Decoder(checkpoint) for checkpoint in (base, model) if checkpoint is not None]
+    vocabularies = {decoder.config.vocab_size for decoder in decoders}
+    if len(vocabularies) > 1:
+        raise CheckpointError(
+            f"the models have vocabularies of {vocabularies} tokens: give the checkpoint that the "
+            "quantized one was made from"
+        )
+    if seq_len < 2 or seq_len > min(d.config.max_position_embeddings for d in decoders):
+        raise CalibrationError(
+            f"windows of {seq_len} tokens: expected 2 to "
+            f"{min(d.config.max_position_embeddings for d in decoders)}, the model's context"
+        )
+    token_ids = tokenize((base or model).folder, text)
+    windows = spread_windows(token_ids, num_windows, seq_len)
+    report = _Pace(progress, total=sum(d.num_blocks for d in decoders) + len(windows))
+    outputs = [_final_hidden(decoder, windows, report) for decoder in decoders]
+    scores = _score(decoders, outputs, windows, report)
+    return _summarize(scores, windows, base is not None, time.perf_counter() - started)
+
+
+class _Pace:
+    """Counts finished steps and says how long the rest will take."""
+
+    def __init__(self, progress: ProgressCallback, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._started = time.perf_counter()
+
+    def step(self) -> None:
+        self._done += 1
+        pace = (time.perf_counter() - self._started) / self._done
+        left = pace * (self._total - self._done)
+        self._progress(Progress(Phase.EVALUATE, self._done, self._total, left))
+
+
+def _final_hidden(decoder: Decoder, windows: torch.Tensor, report: _Pace) -> torch.Tensor:
+    """What the head of a model receives: ``[S, T, hidden_size]``."""
+    hidden = decoder.embed(windows)
+    for index in range(decoder.num_blocks):
+        decoder.block(index, windows.shape[1]).run_(hidden)
+        report.step()
+    norm = decoder.final_norm()
+    for window in hidden:
+        window.copy_(norm(window))
+    return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Means of each window, float64 ``[S]``; of the model and of the base."""
+
+    nll: torch.Tensor
+    base_nll: torch.Tensor
+    kl: torch.Tensor
+    agreement: torch.Tensor
+
+
+def _score(
+    decoders: list[Decoder], outputs: list[torch.Tensor], windows: torch.Tensor, report: _Pace
+) -> _Scores:
+    """Compare the last decoder with the first, which are the same one without a base."""
+    heads = [decoder.head() for decoder in decoders]
+    buffers = [torch.empty(POSITIONS_AT_ONCE, len(head)) for head in heads]
+    rows = []
+    for index, window in enumerate(windows):
+        sums = torch.zeros(4, dtype=torch.float64)
+        targets = window[1:, None]
+        for start in range(0, len(targets), POSITIONS_AT_ONCE):
+            piece = slice(start, start + POSITIONS_AT_ONCE)
+            log_probs = [
+                _log_probs(output[index, :-1][piece], head, buffer)
+                for output, head, buffer in zip(outputs, heads, buffers, strict=True)
+            ]
+            if not all(bool(torch.isfinite(values).all()) for values in log_probs):
+                raise CheckpointError(
+                    f"infinite or NaN logits in window {index}: the checkpoint is damaged"
+                )
+            sums += _compare(log_probs[0], log_probs[-1], targets[piece])
+        rows.append(sums / len(targets))
+        report.step()
+    return _Scores(*torch.stack(rows, dim=1))
+
+
+def _log_probs(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities ``[T, V]`` of hidden states ``[T, hidden_size]``, in the buffer."""
+    logits = torch.mm(hidden, head.T, out=buffer[: len(hidden)])
+    return logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True))
+
+
+def _compare(base: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sums over positions, float64: model's and base's negative log-likelihood, KL, agreement."""
+    nll = -model.gather(1, targets).double().sum()
+    base_nll = -base.gather(1, targets).double().sum()
+    agreement = (base.argmax(1) == model.argmax(1)).double().sum()
+    kl = (base.exp() * (base - model)).sum(1).double().sum()
+    return torch.stack([nll, base_nll, kl, agreement])
+
+
+def _summarize(
+    scores: _Scores, windows: torch.Tensor, has_base: bool, seconds: float
+) -> Evaluation:
+    def standard_error(values: torch.Tensor) -> float:
+        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+    return Evaluation(
+        num_windows=windows.shape[0],
+        seq_len=windows.shape[1],
+        perplexity=math.exp(scores.nll.mean()),
+        base_perplexity=math.exp(scores.base_nll.mean()) if has_base else None,
+        kl=float(scores.kl.mean()) if has_base else None,
+        kl_standard_error=standard_error(scores.kl) if has_base else None,
+        top1=float(scores.agreement.mean()) if has_base else None,
+        top1_standard_error=standard_error(scores.agreement) if has_base else None,
+        seconds=seconds,
+    )

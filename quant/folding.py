@@ -1,0 +1,58 @@
+"""Moving a scale from the inputs of a stage to what computes them: the model stays the same."""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.quant.architecture import Fold, Stage
+from qserve.quant.decoder import Block
+from qserve.quant.plan import Plan
+from qserve.quant.scaling import HeadSharing
+from qserve.quant.storage import as_stored
+
+
+def sharing_of(block: Block, stage: Stage) -> HeadSharing | None:
+    """Which inputs of a stage must share a scale; None when each has one of its own."""
+    if stage.fold is not Fold.VALUE_ROWS:
+        return None
+    inputs = block.linear(stage.linears[0]).in_features
+    repeats = inputs // block.linear(stage.previous).out_features
+    return HeadSharing(block.head_dim, repeats)
+
+
+def fold_(block: Block, stage: Stage, scale: torch.Tensor) -> torch.Tensor:
+    """Multiply the weights of a stage by ``scale [K]`` and divide what computes its inputs by it.
+
+    Returns the scale that was applied. Behind a norm it differs from the asked one in the last
+    digits: the divided norm is rounded to the type it is stored in first, and the scale is the
+    quotient of the two, so that the stored model computes the same function.
+    """
+    if stage.fold is Fold.NORM:
+        norm = block.module(stage.previous).get_parameter("weight")
+        stored = as_stored(norm / scale)
+        usable = stored != 0
+        scale = torch.where(usable, norm / stored, 1.0)
+        norm.copy_(torch.where(usable, stored, norm))
+    else:
+        previous = block.linear(stage.previous)
+        sharing = sharing_of(block, stage)
+        by_row = scale if sharing is None else sharing.of_rows(scale)
+        previous.weight.div_(by_row[:, None])
+        if previous.bias is not None:
+            previous.bias.div_(by_row)
+    for name in stage.linears:
+        block.linear(name).weight.mul_(scale)
+    return scale
+
+
+def settle_(block: Block, plan: Plan) -> None:
+    """Round every parameter that stays in 16 bits to what a reader of the checkpoint will see."""
+    quantized = {
+        f"{name}.weight"
+        for stage in block.stages
+        if plan.includes(block, stage)
+        for name in stage.linears
+    }
+    for name, parameter in block.layer.named_parameters():
+        if name not in quantized:
+            parameter.copy_(as_stored(parameter))

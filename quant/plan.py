@@ -1,0 +1,110 @@
+"""Which linear layers are quantized, in groups of what size, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qserve.quant.architecture import Stage
+from qserve.quant.decoder import Block, Decoder
+from qserve.quant.errors import OptionError
+from qserve.quant.formats.awq import OUT_FEATURES_MULTIPLE
+from qserve.quant.options import GROUP_SIZES, QuantizeOptions
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedLayer:
+    """A linear layer that stays in 16 bits, by its full name, and the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is done to each linear layer of the blocks.
+
+    skipped: in the order of the model; every other linear layer of a block is quantized.
+    """
+
+    group_size: int
+    skipped: tuple[SkippedLayer, ...]
+
+    def includes(self, block: Block, stage: Stage) -> bool:
+        """Whether the layers of this stage are quantized: all of them or none."""
+        name = block.full_name(stage.linears[0])
+        return all(layer.name != name for layer in self.skipped)
+
+
+def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
+    """The plan for a model.
+
+    The layers of a stage stay together: serving engines run them as one and need one format. A
+    layer is left in 16 bits when it is ignored or when the format cannot hold its shape.
+    Raises ``OptionError`` for a group size that does not divide the inputs of a layer, for an
+    ``ignore`` that matches nothing, and when nothing is left to quantize.
+    """
+    block = decoder.skeleton
+    patterns = [re.compile(pattern) for pattern in options.ignore]
+    used: set[re.Pattern[str]] = set()
+    skipped: list[SkippedLayer] = []
+    included: list[Stage] = []
+    for index in range(decoder.num_blocks):
+        for stage in block.stages:
+            names = {name: f"model.layers.{index}.{name}" for name in stage.linears}
+            matches = {n: p for n, full in names.items() for p in patterns if p.search(full)}
+            used.update(p for full in names.values() for p in patterns if p.search(full))
+            reasons = {n: f"matches {p.pattern!r}" for n, p in matches.items()}
+            reasons = reasons or _misfits(block, stage)
+            if not reasons:
+                included.append(stage)
+            skipped += [
+                SkippedLayer(full, reasons.get(name) or _follows(reasons))
+                for name, full in names.items()
+                if reasons
+            ]
+    for pattern in patterns:
+        if pattern not in used:
+            raise OptionError(
+                f"ignore {pattern.pattern!r} matches no linear layer: names look like "
+                f"{block.full_name(block.stages[0].linears[0])}"
+            )
+    if not included:
+        raise OptionError("no linear layer is left to quantize: ignore fewer of them")
+    widths = {block.linear(name).in_features: name for s in included for name in s.linears}
+    return Plan(_group_size(options.group_size, widths), tuple(skipped))
+
+
+def _misfits(block: Block, stage: Stage) -> dict[str, str]:
+    """The layers of a stage that the format cannot hold, with the reason."""
+    reasons = {}
+    for name in stage.linears:
+        layer = block.linear(name)
+        if layer.out_features % OUT_FEATURES_MULTIPLE:
+            reasons[name] = (
+                f"{layer.out_features} outputs, the format needs a multiple of "
+                f"{OUT_FEATURES_MULTIPLE}"
+            )
+        elif layer.in_features % GROUP_SIZES[-1]:
+            reasons[name] = (
+                f"{layer.in_features} inputs, the format needs a multiple of {GROUP_SIZES[-1]}"
+            )
+    return reasons
+
+
+def _follows(reasons: dict[str, str]) -> str:
+    return f"runs fused with {', '.join(reasons)}, which stays in 16 bits"
+
+
+def _group_size(asked: int | None, widths: dict[int, str]) -> int:
+    """The group size for layers with these numbers of inputs (each with the name of one layer)."""
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+    if asked is None:
+        return fitting[0]
+    if asked not in fitting:
+        width, name = next((w, n) for w, n in widths.items() if w % asked)
+        raise OptionError(
+            f"groups of {asked} do not divide the {width} inputs of {name}: use a group size of "
+            f"{' or '.join(map(str, fitting))}"
+        )
+    return asked

@@ -1,0 +1,104 @@
+"""What a quantization run did and what it cost, written beside the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qserve.quant.plan import SkippedLayer
+
+FILE_NAME = "quantization_report.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleReport:
+    """The scale chosen for a layer's inputs, ``rms(x)^input_exponent / rms(w)^weight_exponent``.
+
+    Both exponents are 0 when no scaling was best.
+    """
+
+    input_exponent: float
+    weight_exponent: float
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One quantized linear layer.
+
+    rounded_error, error: relative squared error of rounding to nearest, and of what was stored.
+        For AWQ of the layer's outputs on the calibration text, ``|X (V - W)^T|^2 / |X W^T|^2``,
+        with the inputs X that the quantized model has there; for RTN, which reads no text, of the
+        weights.
+    clipped_share: share of the weights that lie beyond the range of their group.
+    scale: None where none was searched.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    rounded_error: float
+    error: float
+    clipped_share: float
+    scale: ScaleReport | None
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationReport:
+    """The text that was looked at. num_windows: fewer than asked for when the text is short."""
+
+    source: str
+    sha256: str
+    num_text_tokens: int
+    num_windows: int
+    num_windows_asked: int
+    seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizeReport:
+    """Bytes of tensors on disk. bits_per_weight: of the quantized layers, with scales and zeros."""
+
+    source_bytes: int
+    quantized_bytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationReport:
+    """The whole run.
+
+    block_errors: for each block, the squared difference its quantization makes to its output,
+        relative to what the block adds to the hidden states; empty for RTN.
+    bfloat16_tensors: tensors with values that float16 cannot hold, stored in bfloat16.
+    peak_memory_bytes: resident memory of the process at its highest.
+    versions: of this package and of those the result depends on.
+    """
+
+    model: str
+    architecture: str
+    method: str
+    bits: int
+    group_size: int
+    seed: int
+    calibration: CalibrationReport | None
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[SkippedLayer, ...]
+    block_errors: tuple[float, ...]
+    bfloat16_tensors: tuple[str, ...]
+    sizes: SizeReport
+    seconds: float
+    peak_memory_bytes: int
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, in a fixed order."""
+        return asdict(self)
+
+    def write(self, folder: Path) -> None:
+        """Write ``quantization_report.json`` into a folder."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,44 @@
+"""Round to nearest: each group spans its weights, nothing is searched, no text is read.
+
+The baseline that every other method has to beat, and the shortest of them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.quant.block_result import BlockResult
+from qserve.quant.decoder import Block
+from qserve.quant.grid import grid_over_all, nearest_levels, to_grouped_weight
+from qserve.quant.plan import Plan
+from qserve.quant.report import LayerReport
+
+
+def quantize_block(block: Block, plan: Plan, bits: int) -> BlockResult:
+    """Codes for every linear layer of the plan in a block."""
+    weights = {}
+    layers = []
+    for stage in block.stages:
+        if not plan.includes(block, stage):
+            continue
+        for name in stage.linears:
+            weight = block.linear(name).weight.detach()
+            groups = weight.unflatten(1, (-1, plan.group_size))
+            grid = grid_over_all(groups, bits)
+            quantized = to_grouped_weight(nearest_levels(groups, grid), grid)
+            weights[name] = quantized
+            energy = weight.square().sum(dtype=torch.float64)
+            difference = quantized.dequantize().sub_(weight)
+            error = float(difference.square().sum(dtype=torch.float64) / energy)
+            layers.append(
+                LayerReport(
+                    name=block.full_name(name),
+                    in_features=weight.shape[1],
+                    out_features=weight.shape[0],
+                    rounded_error=error,
+                    error=error,
+                    clipped_share=0.0,
+                    scale=None,
+                )
+            )
+    return BlockResult(weights, tuple(layers), error=None)

@@ -1,0 +1,65 @@
+"""A text as windows of tokens, the same way for calibration and for evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from qserve.quant.errors import CalibrationError, CheckpointError
+
+
+def tokenize(folder: Path, text: str) -> list[int]:
+    """Token ids of the whole text by the tokenizer in ``folder``, no special tokens added.
+
+    Raises ``CheckpointError`` when the folder has no usable tokenizer.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} has no usable tokenizer ({error}): copy the model's tokenizer files there"
+        ) from None
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def spread_windows(token_ids: list[int], num_windows: int, length: int) -> torch.Tensor:
+    """Windows ``[S, length]`` evenly spread over the text, from its start to its end.
+
+    Window i starts at ``i * (T - length) // (S - 1)``. A text too short for ``num_windows`` windows
+    that do not overlap gives as many as it holds. Raises ``CalibrationError`` when it holds none.
+    """
+    num_tokens = len(token_ids)
+    num_windows = min(num_windows, num_tokens // length)
+    if num_windows == 0:
+        raise CalibrationError(
+            f"the text has {num_tokens} tokens, one window takes {length}: give a longer text or "
+            "shorter windows"
+        )
+    starts = [i * (num_tokens - length) // max(num_windows - 1, 1) for i in range(num_windows)]
+    return torch.tensor([token_ids[start : start + length] for start in starts])
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 text file. Raises ``CalibrationError`` when there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(
+            f"{path} cannot be read ({error.strerror}): give a text file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text (byte {error.start}): give a plain text file"
+        ) from None
+
+
+def python_topics() -> str:
+    """The help topics that come with Python, some 700 KB of English prose: on every machine."""
+    return "\n\n".join(topics[name] for name in sorted(topics))
