@@ -49,18 +49,15 @@ QSERVE_INLINE RowVectors<R> score_tree(const float* q, const T* const* keys, int
   RowVectors<R> out;
   if constexpr (N == 1) {
     const T* key = keys[0];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) out.of[r] = zero();
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { out.of[r] = zero(); });
     for (int64_t d = 0; d < width; d += W) {
       const F k = load_as(key + d);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) out.of[r] = fma(load(q + r * width + d), k, out.of[r]);
+      each<R>([&](auto r) QSERVE_INLINE_LAMBDA { out.of[r] = fma(load(q + r * width + d), k, out.of[r]); });
     }
   } else {
     const RowVectors<R> first = score_tree<R, N / 2>(q, keys, width);
     const RowVectors<R> second = score_tree<R, N / 2>(q, keys + N / 2, width);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) out.of[r] = join<N / 2>(first.of[r], second.of[r]);
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { out.of[r] = join<N / 2>(first.of[r], second.of[r]); });
   }
   return out;
 }
@@ -70,8 +67,7 @@ template <int R, typename T>
 QSERVE_INLINE void score_rows(const float* q, const T* const* keys, int64_t count, int64_t width, float* scores) {
   for (int64_t position = 0; position < count; position += W) {
     const RowVectors<R> found = score_tree<R, W>(q, keys + position, width);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store(scores + r * kSplit + position, found.of[r]);
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { store(scores + r * kSplit + position, found.of[r]); });
   }
 }
 
@@ -94,23 +90,19 @@ template <int R, int V, typename T>
 QSERVE_INLINE void weigh_columns(const float* weights, const T* const* values, int64_t count, int64_t column,
                                  int64_t width, float* out) {
   F acc[R][V];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) acc[r][v] = zero();
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { each<V>([&](auto v) QSERVE_INLINE_LAMBDA { acc[r][v] = zero(); }); });
   for (int64_t i = 0; i < count; ++i) {
     const T* value = values[i] + column;
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
+    F weight[R];
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { weight[r] = set1(weights[r * kSplit + i]); });
+    each<V>([&](auto v) QSERVE_INLINE_LAMBDA {
       const F loaded = load_as(value + v * W);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) acc[r][v] = fma(set1(weights[r * kSplit + i]), loaded, acc[r][v]);
-    }
+      each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r][v] = fma(weight[r], loaded, acc[r][v]); });
+    });
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(out + r * width + column + v * W, acc[r][v]);
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+    each<V>([&](auto v) QSERVE_INLINE_LAMBDA { store(out + r * width + column + v * W, acc[r][v]); });
+  });
 }
 
 // One split for R rows: q [R][width] scaled, seen[r] the positions of the split that row r sees (at least one).

@@ -6,45 +6,37 @@
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
 
+QSERVE_INLINE void store_outputs(const DenseJob& job, int64_t row, int64_t column, F value) {
+  const int64_t left = job.out_features - column;
+  float* out = job.out + row * job.out_stride + column;
+  if (left >= W) {
+    store(out, value);
+  } else if (left > 0) {
+    store_part(out, value, int(left));
+  }
+}
+
 // R rows times V vectors of outputs, which may span panels. Each output is one chain of FMAs over k.
 template <typename T, int R, int V>
 void dense_tile(const DenseJob& job, int64_t row, int64_t panel) {
-  constexpr int panels = (V + kVectorsPerPanel - 1) / kVectorsPerPanel;
+  static_assert(V % kVectorsPerPanel == 0, "whole panels");
   const T* weights = static_cast<const T*>(job.panels) + panel * job.k * kPanel;
   const int64_t panel_step = job.k * kPanel;
   const float* x = job.x + row * job.x_stride;
   F acc[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = zero();
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { each<V>([&](auto v) QSERVE_INLINE_LAMBDA { acc[r][v] = zero(); }); });
   for (int64_t k = 0; k < job.k; ++k) {
-    F w[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      w[v] = load_as(weights + (v / kVectorsPerPanel) * panel_step + (v % kVectorsPerPanel) * W);
+    F input[R];
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { input[r] = set1(x[r * job.x_stride + k]); });
+    each<V>([&](auto v) QSERVE_INLINE_LAMBDA {
+      const F w = load_as(weights + (v / kVectorsPerPanel) * panel_step + (v % kVectorsPerPanel) * W);
+      each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r][v] = fma(input[r], w, acc[r][v]); });
+    });
     weights += kPanel;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const F input = set1(x[r * job.x_stride + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(input, w[v], acc[r][v]);
-    }
   }
-  static_assert(panels * kVectorsPerPanel == V, "whole panels");
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const int64_t column = panel * kPanel + v * W;
-      const int64_t left = job.out_features - column;
-      float* out = job.out + (row + r) * job.out_stride + column;
-      if (left >= W) {
-        store(out, acc[r][v]);
-      } else if (left > 0) {
-        store_part(out, acc[r][v], int(left));
-      }
-    }
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+    each<V>([&](auto v) QSERVE_INLINE_LAMBDA { store_outputs(job, row + r, panel * kPanel + v * W, acc[r][v]); });
+  });
 }
 
 template <typename T, int V>

@@ -14,17 +14,17 @@ struct PartialSums {
 
 template <int R, int J>
 QSERVE_INLINE void accumulate(const F weight, const float* x, int64_t x_stride, PartialSums<R>& sums) {
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) sums.sum[r][J] = fma(set1(x[r * x_stride]), weight, sums.sum[r][J]);
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+    sums.sum[r][J] = fma(set1(x[r * x_stride]), weight, sums.sum[r][J]);
+  });
 }
 
 template <int R>
 QSERVE_INLINE void finish(const PanelJob& job, int64_t row, int64_t column, const PartialSums<R>& sums) {
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-    const F* part = sums.sum[r];
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+    const auto& part = sums.sum[r];
     store_outputs(job, row + r, column, add(add(part[0], part[1]), add(part[2], part[3])));
-  }
+  });
 }
 
 template <int R>
@@ -33,8 +33,9 @@ void int4_exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int
   const uint8_t* zeros = panel + job.zeros_offset + lane;
   const uint8_t* codes = panel + job.codes_offset + 4 * lane;
   PartialSums<R> sums;
-  for (auto& of_row : sums.sum)
-    for (F& part : of_row) part = zero();
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+    each<4>([&](auto j) QSERVE_INLINE_LAMBDA { sums.sum[r][j] = zero(); });
+  });
   for (int64_t g = 0; g < job.num_groups; ++g) {
     const F zero_points = load_bytes(zeros + g * kPanel);
     const F scales = load_scales(job, panel, g, lane);
@@ -62,8 +63,9 @@ void int8_exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int
   const uint8_t* codes = panel + job.codes_offset + 4 * lane;
   const F bias = set1(128.0f);
   PartialSums<R> sums;
-  for (auto& of_row : sums.sum)
-    for (F& part : of_row) part = zero();
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+    each<4>([&](auto j) QSERVE_INLINE_LAMBDA { sums.sum[r][j] = zero(); });
+  });
   int64_t left = job.k;  // the last group, and the last four inputs, may be incomplete
   for (int64_t g = 0; g < job.num_groups; ++g) {
     const F scales = load_scales(job, panel, g, lane);

@@ -33,31 +33,27 @@ void int4_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t c
   const uint8_t* zeros = panel + job.zeros_offset + lane;
   const uint8_t* weights = panel + job.codes_offset + 4 * lane;
   F acc[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) acc[r] = zero();
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = zero(); });
   for (int64_t g = 0; g < job.num_groups; ++g) {
     const F zero_points = load_bytes(zeros + g * kPanel);
     F total[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) total[r] = mul(zero_points, set1(-sums[r]));
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { total[r] = mul(zero_points, set1(-sums[r])); });
     for (int64_t s = 0; s < subgroups; ++s) {
       I dot[R];
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) dot[r] = int_zero();
+      each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = int_zero(); });
       dot_int4<R>(weights, codes, dot);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
+      each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+        total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
+      });
       weights += kActivationGroup / 2 * kPanel;
       codes += kActivationGroup * R;
       scales += R;
     }
     const F weight_scales = load_scales(job, panel, g, lane);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r] = fma(total[r], weight_scales, acc[r]);
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = fma(total[r], weight_scales, acc[r]); });
     sums += R;
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) store_outputs(job, row + r, column, acc[r]);
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { store_outputs(job, row + r, column, acc[r]); });
 }
 
 template <int R>
@@ -69,28 +65,25 @@ void int8_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t c
   const int32_t* offsets = q.offsets + row * (q.padded_k / kActivationGroup);
   const uint8_t* weights = panel + job.codes_offset + 4 * lane;
   F acc[R];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) acc[r] = zero();
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = zero(); });
   for (int64_t g = 0; g < job.num_groups; ++g) {
     F total[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) total[r] = zero();
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { total[r] = zero(); });
     for (int64_t s = 0; s < subgroups; ++s) {
       I dot[R];
       dot_int8<R>(weights, codes, offsets, dot);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
+      each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+        total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
+      });
       weights += kActivationGroup * kPanel;
       codes += kActivationGroup * R;
       scales += R;
       offsets += R;
     }
     const F weight_scales = load_scales(job, panel, g, lane);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r] = fma(total[r], weight_scales, acc[r]);
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = fma(total[r], weight_scales, acc[r]); });
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) store_outputs(job, row + r, column, acc[r]);
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { store_outputs(job, row + r, column, acc[r]); });
 }
 
 using TileFunction = void (*)(const PanelJob&, int64_t, const uint8_t*, int64_t, int);

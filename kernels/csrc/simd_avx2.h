@@ -133,24 +133,22 @@ template <int R>
 QSERVE_INLINE void dot_int4(const uint8_t* codes, const int8_t* rows, I (&dot)[R]) {
   const I low_mask = _mm256_set1_epi8(15);
   I pairs[R];
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) {
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { pairs[r] = int_zero(); });
+  each<4>([&](auto v) QSERVE_INLINE_LAMBDA {
     const I both = load_lanes(codes + 64 * v);
     const I low = _mm256_and_si256(both, low_mask);
     const I high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_mask);
     const int8_t* x = rows + 8 * R * v;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const I first = _mm256_maddubs_epi16(low, quad(x + 4 * r));
-      pairs[r] = v == 0 ? first : _mm256_add_epi16(pairs[r], first);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+      pairs[r] = _mm256_add_epi16(pairs[r], _mm256_maddubs_epi16(low, quad(x + 4 * r)));
+    });
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
       pairs[r] = _mm256_add_epi16(pairs[r], _mm256_maddubs_epi16(high, quad(x + 4 * (R + r))));
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+    });
+  });
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
     dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(pairs[r], _mm256_set1_epi16(1)));
+  });
 }
 
 // dot[r] = codes of 32 inputs (8 x 64 bytes, 8 of 16 outputs) * rows. The bias comes off first: |w| * sign(w) x stays
@@ -158,19 +156,16 @@ QSERVE_INLINE void dot_int4(const uint8_t* codes, const int8_t* rows, I (&dot)[R
 template <int R>
 QSERVE_INLINE void dot_int8(const uint8_t* codes, const int8_t* rows, const int32_t*, I (&dot)[R]) {
   const I bias = _mm256_set1_epi8(-128);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) dot[r] = int_zero();
-#pragma GCC unroll 8
-  for (int v = 0; v < 8; ++v) {
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = int_zero(); });
+  each<8>([&](auto v) QSERVE_INLINE_LAMBDA {
     const I weights = _mm256_xor_si256(load_lanes(codes + 64 * v), bias);
     const I magnitudes = _mm256_abs_epi8(weights);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
       const I x = _mm256_sign_epi8(quad(rows + 4 * (R * v + r)), weights);
       const I pairs = _mm256_maddubs_epi16(magnitudes, x);
       dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    }
-  }
+    });
+  });
 }
 
 }  // namespace

@@ -113,30 +113,26 @@ QSERVE_INLINE I quad(const int8_t* p) {
 template <int R>
 QSERVE_INLINE void dot_int4(const uint8_t* codes, const int8_t* rows, I (&dot)[R]) {
   const I low_mask = _mm512_set1_epi8(15);
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; ++v) {
+  each<4>([&](auto v) QSERVE_INLINE_LAMBDA {
     const I both = load_lanes(codes + 64 * v);
     const I low = _mm512_and_si512(both, low_mask);
     const I high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_mask);
     const int8_t* x = rows + 8 * R * v;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], low, quad(x + 4 * r));
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], high, quad(x + 4 * (R + r)));
-  }
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = _mm512_dpbusd_epi32(dot[r], low, quad(x + 4 * r)); });
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = _mm512_dpbusd_epi32(dot[r], high, quad(x + 4 * (R + r))); });
+  });
 }
 
-// dot[r] += biased codes of 32 inputs (8 x 64 bytes) * rows; the bias is in dot already.
+// dot[r] = biased codes of 32 inputs (8 x 64 bytes) * rows, without the bias.
 template <int R>
 QSERVE_INLINE void dot_int8(const uint8_t* codes, const int8_t* rows, const int32_t* offsets, I (&dot)[R]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) dot[r] = _mm512_set1_epi32(offsets[r]);
-#pragma GCC unroll 8
-  for (int v = 0; v < 8; ++v) {
+  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = _mm512_set1_epi32(offsets[r]); });
+  each<8>([&](auto v) QSERVE_INLINE_LAMBDA {
     const I weights = load_lanes(codes + 64 * v);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) dot[r] = _mm512_dpbusd_epi32(dot[r], weights, quad(rows + 4 * (R * v + r)));
-  }
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
+      dot[r] = _mm512_dpbusd_epi32(dot[r], weights, quad(rows + 4 * (R * v + r)));
+    });
+  });
 }
 
 }  // namespace
