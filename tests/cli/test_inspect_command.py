@@ -1,0 +1,116 @@
+"""`qserve inspect`: tables for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from qserve.cli.errors import ExitCode
+from qserve.quant.formats.checkpoint import Checkpoint
+
+
+def test_float_model_is_described(tiny_llama: Path, qserve: Callable[..., Any]) -> None:
+    done = qserve("inspect", tiny_llama)
+    assert done.code == ExitCode.OK
+    assert done.err == ""
+    text = " ".join(done.out.split())
+    for part in ("LlamaForCausalLM", "format bfloat16", "whole model 16.000", "256 B"):
+        assert part in text
+    assert "model.layers.1.mlp.down_proj 64 x 128 bfloat16 16.0 - 16384" in text
+    assert "and 5 vectors (norms and the like): 640 bytes" in text
+
+
+def test_quantized_model_has_its_layers_in_json(
+    rtn_llama: Path, qserve: Callable[..., Any]
+) -> None:
+    found = json.loads(qserve("inspect", rtn_llama, "--json").out)
+    assert found["format"] == "awq"
+    assert found["bits_per_weight_quantized_layers"] == 4.625
+    assert found["kv_bytes_per_token"] == 256
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert layers["model.layers.1.mlp.down_proj"] == {
+        "name": "model.layers.1.mlp.down_proj",
+        "shape": [64, 128],
+        "format": "awq",
+        "bits": 4.625,
+        "group_size": 32,
+        "num_parameters": 64 * 128,
+        "num_bytes": 64 * 128 * 37 // 64,
+    }
+    assert sum(layer["num_bytes"] for layer in found["layers"]) == found["num_bytes"]
+
+
+def test_parameters_are_counted_the_same_before_and_after(
+    tiny_llama: Path, rtn_llama: Path, qserve: Callable[..., Any]
+) -> None:
+    before, after = (
+        json.loads(qserve("inspect", folder, "--json").out) for folder in (tiny_llama, rtn_llama)
+    )
+    assert before["num_parameters"] == after["num_parameters"]
+    assert before["num_bytes"] > after["num_bytes"]
+
+
+def test_no_tensor_is_read(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, qserve: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(Checkpoint, "tensor", lambda *args: pytest.fail("a tensor was read"))
+    assert qserve("inspect", tiny_llama).code == ExitCode.OK
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("missing", "missing does not exist"),
+        ("empty", "it has no config.json"),
+        ("file.gguf", "cannot be read as GGUF"),
+        ("cut", "truncated or damaged"),
+    ],
+)
+def test_what_is_no_model_is_refused(
+    model: str,
+    message: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    qserve: Callable[..., Any],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.gguf").write_text("not a model")
+    shutil.copytree(tiny_llama, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    done = qserve("inspect", model)
+    assert done.code == ExitCode.MODEL
+    assert message in done.error
+
+
+def test_gguf_file_is_described_without_importing_it(
+    tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    rows = gguf.quants.quantize(np.ones((16, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("blk.0.attn_k.weight", rows, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("output_norm.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = json.loads(qserve("inspect", tmp_path / "tiny.gguf", "--json").out)
+    assert (found["architecture"], found["format"]) == ("llama", "Q8_0")
+    assert found["num_parameters"] == 16 * 64 + 64
+    assert found["bits_per_weight_quantized_layers"] == 8.5
+    assert found["kv_bytes_per_token"] == 2 * 1 * 2 * 16 * 2
+    assert found["layers"][0]["shape"] == [16, 64]
+    assert not (tmp_path / "cache").exists()
