@@ -24,6 +24,7 @@ from qserve.quant.progress import Progress, ProgressCallback
 from qserve.quant.source import resolve_model
 from qserve.quant.windows import python_topics
 
+PERCENT = 100
 QUESTION = "What is the capital of France?"
 # Enough to show the order of the loss in a minute; a judgement needs more (`qserve eval`).
 NUM_WINDOWS = 8
@@ -69,10 +70,11 @@ def run_demo(model: Path, out: Path, cache: Path, port: int) -> Outcome:
 @contextmanager
 def _shown(title: str) -> Iterator[ProgressCallback]:
     """A progress display for what takes a callback of ``quant.progress``."""
-    with progress(title, 1.0) as advance:
+    with progress(title, PERCENT) as advance:
 
         def show(step: Progress) -> None:
-            advance(step.done / step.total, f"{step.phase.value} {step.done}/{step.total}")
+            share = PERCENT * step.done // step.total
+            advance(share, f"{format_seconds(step.seconds_left)} left")
 
         yield show
 

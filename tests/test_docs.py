@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -17,21 +18,25 @@ FOLDERS = ("cli", "kernels", "quant", "serve")
 DECISIONS = ROOT / "docs" / "decisions"
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
 PAGE_NAME = re.compile(r"[\w./-]*\w\.md\b")
+SOURCE_NAME = re.compile(r"`((?:\.ci|cli|kernels|quant|serve|tests|docs|benchmarks)/[\w./-]*\w/?)`")
 # A path of somebody's machine: it means nothing to a reader and breaks everywhere else.
 PRIVATE_PATH = re.compile(r"(?<![\w.\]])/(?:home|root|Users|work|mnt|media)/")
 TEXT_SUFFIXES = (".py", ".md", ".cpp", ".h", ".toml", ".txt", ".in", ".yaml", ".yml", ".json", "")
-SKIPPED_FOLDERS = {".git", ".venv", "build", "dist", "out", "__pycache__"}
+NOT_OURS = {"build", "dist", "out", "__pycache__"}
 
 
 def project_texts() -> Iterator[tuple[Path, str]]:
     """Every text file of the project with its content."""
-    for path in sorted(ROOT.rglob("*")):
-        inside = path.relative_to(ROOT)
-        hidden = [part for part in inside.parts[:-1] if part.startswith(".") and part != ".ci"]
-        if hidden or SKIPPED_FOLDERS & set(inside.parts) or path.suffix not in TEXT_SUFFIXES:
-            continue
-        if path.is_file() and not path.name.startswith("."):
-            yield inside, path.read_text(encoding="utf-8", errors="replace")
+    for place, folders, names in os.walk(ROOT):
+        folders[:] = [
+            name
+            for name in folders
+            if name == ".ci" or not name.startswith(".") and name not in NOT_OURS
+        ]
+        for name in names:
+            path = Path(place, name)
+            if path.suffix in TEXT_SUFFIXES and not name.startswith("."):
+                yield path.relative_to(ROOT), path.read_text(encoding="utf-8", errors="replace")
 
 
 def pages() -> list[Path]:
@@ -80,6 +85,12 @@ def test_a_page_named_anywhere_exists() -> None:
         if name not in known and not name.startswith("README")
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_file_that_a_page_names_exists(page: Path) -> None:
+    named = SOURCE_NAME.findall(page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_no_file_names_a_path_of_somebodys_machine() -> None:

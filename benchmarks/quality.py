@@ -1,0 +1,123 @@
+"""Quantize a model in several ways and append what each costs in quality to docs/benchmarks.
+
+    python benchmarks/quality.py [--model MODEL] [--text FILE] [--keep FOLDER]
+
+The default model is that of `qserve demo`, the default text the help that comes with Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import os
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from qserve.cli.cache import cache_folder
+from qserve.cli.console import say
+from qserve.cli.demo_model import find_model
+from qserve.quant.evaluate import DEFAULT_NUM_WINDOWS, DEFAULT_SEQ_LEN, evaluate
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.options import Method, QuantizeOptions
+from qserve.quant.output import publish
+from qserve.quant.pipeline import quantize
+from qserve.quant.progress import ignore_progress
+from qserve.quant.report import QuantizationReport
+from qserve.quant.source import resolve_model
+from qserve.quant.windows import python_topics, read_text
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "docs" / "benchmarks" / "quality.csv"
+CONFIGURATIONS = (
+    (Method.RTN, 64),
+    (Method.AWQ, 64),
+    (Method.RTN, 32),
+    (Method.AWQ, 32),
+)
+
+Row = dict[str, str | int | float | None]
+
+
+def main() -> None:
+    """Parse the command line, quantize, judge, print and append the rows."""
+    parser = argparse.ArgumentParser(description="What quantization costs in quality.")
+    parser.add_argument("--model", help="a float checkpoint; default: the model of qserve demo")
+    parser.add_argument("--text", type=Path, help="default: the help that comes with Python")
+    parser.add_argument("--windows", type=int, default=DEFAULT_NUM_WINDOWS)
+    parser.add_argument("--seq-len", type=int, default=DEFAULT_SEQ_LEN)
+    parser.add_argument("--keep", type=Path, help="leave the checkpoints in this folder")
+    parser.add_argument("--no-rows", action="store_true", help="print only")
+    args = parser.parse_args()
+    cache = cache_folder(os.environ)
+    model = args.model or str(find_model(cache))
+    source = resolve_model(model, cache=cache, notice=say)
+    with TemporaryDirectory(prefix="qserve-quality-") as folder:
+        rows = []
+        for method, group_size in CONFIGURATIONS:
+            out = (args.keep or Path(folder)) / f"{method.value}-g{group_size}"
+            report = quantize_to(source, out, QuantizeOptions(method=method, group_size=group_size))
+            rows.append(describe(report, Path(model).stem) | judge(source, out, args))
+            print(rows[-1], flush=True)
+    if not args.no_rows:
+        append(rows)
+
+
+def quantize_to(source: Checkpoint, out: Path, options: QuantizeOptions) -> QuantizationReport:
+    """Quantize ``source`` to the folder ``out``, whatever is there."""
+    with publish(out, force=True, protect=(source.folder,)) as folder:
+        return quantize(source, folder, options, ignore_progress)
+
+
+def describe(report: QuantizationReport, model: str) -> Row:
+    """The columns that say what was done."""
+    windows = report.calibration
+    return {
+        "model": model,
+        "method": report.method,
+        "bits": report.bits,
+        "group_size": report.group_size,
+        "bits_per_weight": round(report.sizes.bits_per_weight, 3),
+        "calibration": f"{windows.source} {windows.num_windows}x{windows.seq_len}"
+        if windows
+        else "none",
+        "quantize_s": round(report.seconds, 1),
+    }
+
+
+def judge(source: Checkpoint, out: Path, args: argparse.Namespace) -> Row:
+    """The columns that say what it cost."""
+    text = read_text(args.text) if args.text else python_topics()
+    found = evaluate(Checkpoint(out), source, text, args.windows, args.seq_len, ignore_progress)
+    figures: Row = {
+        "text": args.text.name if args.text else "python help",
+        "windows": f"{found.num_windows}x{found.seq_len}",
+    }
+    for name in ("base_perplexity", "perplexity", "kl", "kl_standard_error", "top1"):
+        value = getattr(found, name)
+        figures[name] = None if value is None else round(value, 4)
+    return figures
+
+
+def append(rows: list[Row]) -> None:
+    """Add the rows to the table, with the date and the commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    ).stdout.strip()
+    stamp: Row = {"date": datetime.date.today().isoformat(), "commit": commit}
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not TABLE.exists()
+    with TABLE.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*stamp, *rows[0]])
+        if is_new:
+            writer.writeheader()
+        writer.writerows(stamp | row for row in rows)
+
+
+if __name__ == "__main__":
+    main()
