@@ -99,26 +99,11 @@ def run(x: torch.Tensor, weight: Planar4Weight, out: torch.Tensor, launch: Int4L
 
 @triton.jit
 def matmul_kernel(
-    x_ptr,
-    word_ptr,
-    parameter_ptr,
-    out_ptr,
-    num_rows,
-    num_outputs,
-    num_inputs,
-    word_stride,
-    x_stride,
-    out_stride,
-    blocks_per_segment,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    EVEN: tl.constexpr,
-    HOIST: tl.constexpr,
-    LOP3: tl.constexpr,
-    BFLOAT16_SCALES: tl.constexpr,
-):
+    x_ptr, word_ptr, parameter_ptr, out_ptr,
+    num_rows, num_outputs, num_inputs, word_stride, x_stride, out_stride, blocks_per_segment,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr,
+    EVEN: tl.constexpr, HOIST: tl.constexpr, LOP3: tl.constexpr, BFLOAT16_SCALES: tl.constexpr,
+):  # fmt: skip
     """A tile of ``x @ weight.T``, summed over SEGMENTS segments from number ``program_id(2)`` on.
 
     out_ptr: ``[num_rows, num_outputs]``, one after the other for each value of ``program_id(2)``.
@@ -151,14 +136,9 @@ def matmul_kernel(
 
 @triton.jit
 def reduce_kernel(
-    partial_ptr,
-    out_ptr,
-    num_outputs,
-    segment_stride,
-    out_stride,
-    NUM_SEGMENTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partial_ptr, out_ptr, num_outputs, segment_stride, out_stride,
+    NUM_SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """``out[row, :]`` as the partial sums of the segments, added from the first to the last."""
     outputs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
@@ -173,21 +153,10 @@ def reduce_kernel(
 
 @triton.jit
 def _sum_blocks(
-    x_ptrs,
-    word_ptrs,
-    parameter_ptrs,
-    num_inputs,
-    num_outputs,
-    first,
-    last,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EVEN: tl.constexpr,
-    HOIST: tl.constexpr,
-    LOP3: tl.constexpr,
-    BFLOAT16_SCALES: tl.constexpr,
-):
+    x_ptrs, word_ptrs, parameter_ptrs, num_inputs, num_outputs, first, last,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, HOIST: tl.constexpr, LOP3: tl.constexpr, BFLOAT16_SCALES: tl.constexpr,
+):  # fmt: skip
     """The tile summed over blocks ``first`` to ``last - 1``: float32 ``[BLOCK_N, BLOCK_M]``."""
     dtype: tl.constexpr = x_ptrs.dtype.element_ty
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -202,37 +171,33 @@ def _sum_blocks(
             if GROUP == 32:
                 high_parameters = tl.load(low_ptrs + num_outputs)
             low, high = _unpack(
-                words,
-                low_parameters,
-                high_parameters,
-                2 * half,
-                dtype,
-                HOIST,
-                LOP3,
-                BFLOAT16_SCALES,
-            )
-            if EVEN:
-                low_x = tl.load(x_ptrs + k)
-                high_x = tl.load(x_ptrs + k + 32)
-            else:  # a group is no smaller than a plane: a plane has inputs everywhere or nowhere
-                low_x = tl.load(x_ptrs + k, mask=k < num_inputs, other=0.0)
-                high_x = tl.load(x_ptrs + k + 32, mask=k + 32 < num_inputs, other=0.0)
+                words, low_parameters, high_parameters,
+                2 * half, dtype, HOIST, LOP3, BFLOAT16_SCALES,
+            )  # fmt: skip
+            low_x = _load_plane(x_ptrs, k, num_inputs, EVEN)
+            high_x = _load_plane(x_ptrs, k + 32, num_inputs, EVEN)
             if HOIST:
                 if half == 0 or GROUP < 128:
-                    part = tl.dot(low, tl.trans(low_x))
-                else:
-                    part = tl.dot(low, tl.trans(low_x), part)
+                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                part = tl.dot(low, tl.trans(low_x), part)
                 if GROUP == 32:
                     total += part * _scales(low_parameters, BFLOAT16_SCALES)
-                    part = tl.dot(high, tl.trans(high_x))
-                else:
-                    part = tl.dot(high, tl.trans(high_x), part)
+                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                part = tl.dot(high, tl.trans(high_x), part)
                 if half == 1 or GROUP < 128:
                     total += part * _scales(high_parameters, BFLOAT16_SCALES)
             else:
                 total = tl.dot(low, tl.trans(low_x), total)
                 total = tl.dot(high, tl.trans(high_x), total)
     return total
+
+
+@triton.jit
+def _load_plane(x_ptrs, k, num_inputs, EVEN: tl.constexpr):
+    """Inputs ``k`` to ``k + 31`` of the rows. No group is smaller: all of them exist, or none."""
+    if EVEN:
+        return tl.load(x_ptrs + k)
+    return tl.load(x_ptrs + k, mask=k < num_inputs, other=0.0)
 
 
 @triton.jit
@@ -265,15 +230,9 @@ def _less_zero(containers, zero_points, dtype: tl.constexpr):
 
 @triton.jit
 def _unpack(
-    words,
-    low_parameters,
-    high_parameters,
-    FIRST_PLANE: tl.constexpr,
-    dtype: tl.constexpr,
-    HOIST: tl.constexpr,
-    LOP3: tl.constexpr,
-    BFLOAT16_SCALES: tl.constexpr,
-):
+    words, low_parameters, high_parameters, FIRST_PLANE: tl.constexpr, dtype: tl.constexpr,
+    HOIST: tl.constexpr, LOP3: tl.constexpr, BFLOAT16_SCALES: tl.constexpr,
+):  # fmt: skip
     """Planes FIRST_PLANE and the next of ``words``, less their zero points: ``[BLOCK_N, 32]`` each.
 
     They are scaled too unless HOIST. Arithmetic is in ``dtype``; without the scale it is exact.
