@@ -9,8 +9,6 @@
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
 
-constexpr int kQueryRows = W == 16 ? 4 : 2;  // rows that share a converted key or value in registers
-
 template <typename T>
 struct SplitRows {
   const T* keys[kSplit];
@@ -114,8 +112,8 @@ void attend_rows(const float* q, const SplitRows<T>& rows, const int64_t* seen, 
   score_rows<R>(q, rows.keys, count, width, scores);
   for (int r = 0; r < R; ++r) soften(scores + r * kSplit, seen[r], count, to.largest[r], to.sum[r]);
   int64_t column = 0;
-  for (; column + 4 * W <= width; column += 4 * W)
-    weigh_columns<R, 4>(scores, rows.values, count, column, width, to.values);
+  for (; column + kColumnVectors * W <= width; column += kColumnVectors * W)
+    weigh_columns<R, kColumnVectors>(scores, rows.values, count, column, width, to.values);
   for (; column < width; column += W) weigh_columns<R, 1>(scores, rows.values, count, column, width, to.values);
 }
 

@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "pool.h"
 #include "scratch.h"
+#include "weight_memory.h"
 
 namespace qserve {
 namespace {
@@ -73,14 +74,14 @@ PanelWeight::PanelWeight(int bits, int64_t out_features, int64_t in_features, in
 
 int64_t PanelWeight::nbytes() const { return num_panels_ * job_.panel_bytes; }
 
-void PanelWeight::pack(uint8_t* panels, const uint8_t* codes, const float* scales, const uint8_t* zero_points) {
-  memory_ = panels;
-  job_.panels = panels;
+void PanelWeight::pack(const uint8_t* codes, const float* scales, const uint8_t* zero_points) {
+  memory_ = allocate_weight(nbytes());
+  job_.panels = memory_.get();
   run_tasks(num_panels_, [&](int64_t panel) { pack_panel(panel, codes, scales, zero_points); });
 }
 
 void PanelWeight::pack_panel(int64_t p, const uint8_t* codes, const float* scales, const uint8_t* zero_points) const {
-  uint8_t* panel = memory_ + p * job_.panel_bytes;
+  uint8_t* panel = memory_.get() + p * job_.panel_bytes;
   std::memset(panel, 0, job_.panel_bytes);
   if (bits_ == 8) std::memset(panel + job_.codes_offset, 128, padded_k_ * kPanel);  // zeros, with the bias
   for (int64_t lane = 0; lane < std::min(kPanel, job_.out_features - p * kPanel); ++lane) {
@@ -168,13 +169,14 @@ static void pack_floats(T* to, const T* from, int64_t num_panels, int64_t out_fe
   });
 }
 
-void DenseWeight::pack(void* panels, const void* weight) {
-  job_.panels = panels;
+void DenseWeight::pack(const void* weight) {
+  memory_ = allocate_weight(nbytes());
+  job_.panels = memory_.get();
   if (job_.type == FloatType::kFloat32) {
-    pack_floats(static_cast<uint32_t*>(panels), static_cast<const uint32_t*>(weight), num_panels_, job_.out_features,
+    pack_floats(reinterpret_cast<uint32_t*>(memory_.get()), static_cast<const uint32_t*>(weight), num_panels_, job_.out_features,
                 job_.k);
   } else {
-    pack_floats(static_cast<uint16_t*>(panels), static_cast<const uint16_t*>(weight), num_panels_, job_.out_features,
+    pack_floats(reinterpret_cast<uint16_t*>(memory_.get()), static_cast<const uint16_t*>(weight), num_panels_, job_.out_features,
                 job_.k);
   }
 }

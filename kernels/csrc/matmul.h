@@ -1,11 +1,13 @@
 // Weights in panels, and products with them.
 #pragma once
 
+#include <memory>
+
 #include "kernel_table.h"
 
 namespace qserve {
 
-// A 4-bit or 8-bit weight whose panels lie in memory of the caller.
+// A 4-bit or 8-bit weight.
 class PanelWeight {
  public:
   // Throws std::invalid_argument for sizes that do not fit the layout.
@@ -13,9 +15,9 @@ class PanelWeight {
 
   int64_t nbytes() const;
 
-  // Writes the panels to `panels`, which this object then refers to. codes [N][K], one a byte (int8 codes as they are), scales
-  // [N][groups]; zero_points [N][groups] for 4 bits, else null.
-  void pack(uint8_t* panels, const uint8_t* codes, const float* scales, const uint8_t* zero_points);
+  // Makes the panels. codes [N][K], one a byte (int8 codes as they are), scales [N][groups]; zero_points [N][groups] for 4 bits,
+  // else null. Throws std::bad_alloc.
+  void pack(const uint8_t* codes, const float* scales, const uint8_t* zero_points);
 
   // out [rows][N] = x [rows][K] * weight^T.
   void multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride, bool quantized) const;
@@ -26,24 +28,25 @@ class PanelWeight {
 
   int bits_;
   int64_t num_panels_, padded_k_;
-  uint8_t* memory_ = nullptr;
+  std::shared_ptr<uint8_t[]> memory_;
   PanelJob job_{};
 };
 
-// A float weight whose panels lie in memory of the caller.
+// A float weight.
 class DenseWeight {
  public:
   DenseWeight(int64_t out_features, int64_t in_features, FloatType type);
 
   int64_t nbytes() const;
 
-  // Writes the panels to `panels`, which this object then refers to. weight [N][K].
-  void pack(void* panels, const void* weight);
+  // Makes the panels. weight [N][K]. Throws std::bad_alloc.
+  void pack(const void* weight);
 
   void multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride) const;
 
  private:
   int64_t num_panels_;
+  std::shared_ptr<uint8_t[]> memory_;
   DenseJob job_{};
 };
 

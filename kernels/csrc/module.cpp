@@ -18,7 +18,7 @@ using qserve::Program;
 
 namespace {
 
-constexpr int kAbiVersion = 3;  // raised when a signature or a layout changes; qserve.kernels.native knows it
+constexpr int kAbiVersion = 4;  // raised when a signature or a layout changes; qserve.kernels.native knows it
 
 template <typename T>
 T* at(uintptr_t address) {
@@ -48,16 +48,16 @@ void bind_weights(nb::module_& m) {
       .def(nb::init<int64_t, int64_t, int64_t, bool>())
       .def(
           "pack",
-          [](Int4Weight& w, uintptr_t to, uintptr_t codes, uintptr_t scales, uintptr_t zero_points) {
-            w.pack(at<uint8_t>(to), at<const uint8_t>(codes), at<const float>(scales), at<const uint8_t>(zero_points));
+          [](Int4Weight& w, uintptr_t codes, uintptr_t scales, uintptr_t zero_points) {
+            w.pack(at<const uint8_t>(codes), at<const float>(scales), at<const uint8_t>(zero_points));
           },
           Released());
   nb::class_<Int8Weight, PanelWeight>(m, "Int8Weight")
       .def(nb::init<int64_t, int64_t, int64_t, bool>())
       .def(
           "pack",
-          [](Int8Weight& w, uintptr_t to, uintptr_t codes, uintptr_t scales) {
-            w.pack(at<uint8_t>(to), at<const uint8_t>(codes), at<const float>(scales), nullptr);
+          [](Int8Weight& w, uintptr_t codes, uintptr_t scales) {
+            w.pack(at<const uint8_t>(codes), at<const float>(scales), nullptr);
           },
           Released());
   nb::enum_<FloatType>(m, "FloatType")
@@ -68,7 +68,7 @@ void bind_weights(nb::module_& m) {
       .def(nb::init<int64_t, int64_t, FloatType>())
       .def_prop_ro("nbytes", &DenseWeight::nbytes)
       .def(
-          "pack", [](DenseWeight& w, uintptr_t to, uintptr_t from) { w.pack(at<void>(to), at<const void>(from)); },
+          "pack", [](DenseWeight& w, uintptr_t from) { w.pack(at<const void>(from)); },
           Released())
       .def(
           "run",

@@ -12,6 +12,8 @@ constexpr const char* kName = "avx2";
 constexpr int W = 8;
 constexpr int kDenseRows = 3;
 constexpr int kDenseVectors = 4;
+constexpr int kQueryRows = 2;
+constexpr int kColumnVectors = 4;
 
 using F = __m256;
 using I = __m256i;

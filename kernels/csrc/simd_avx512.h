@@ -12,6 +12,8 @@ constexpr const char* kName = "avx512-vnni";
 constexpr int W = 16;
 constexpr int kDenseRows = 6;  // register tile of the float matmul: rows x vectors of outputs
 constexpr int kDenseVectors = 4;
+constexpr int kQueryRows = 4;      // query rows that share a converted key or value
+constexpr int kColumnVectors = 4;  // vectors of an output row that are summed at a time
 
 using F = __m512;
 using I = __m512i;

@@ -11,15 +11,13 @@ class Panels:
     """A weight in the native layout: panels of 16 outputs, ``[panel][k][16]``, in the dtype of the
     weight."""
 
-    __slots__ = ("_buffer", "_native", "_run", "nbytes")
+    __slots__ = ("_run", "nbytes")
 
     def __init__(self, weight: torch.Tensor) -> None:
         native = extension().DenseWeight(weight.size(0), weight.size(1), float_type(weight.dtype))
         self.nbytes: int = native.nbytes
-        self._buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         weight = weight.contiguous()
-        native.pack(self._buffer.data_ptr(), weight.data_ptr())
-        self._native = native
+        native.pack(weight.data_ptr())
         self._run = native.run
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:

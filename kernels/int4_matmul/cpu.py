@@ -12,10 +12,10 @@ GROUP_MULTIPLE = 32
 
 
 class Panels:
-    """A weight in the native layout (kernels/csrc/panels.h): panels of 16 outputs, each one run of
-    memory."""
+    """A weight in the native layout (kernels/csrc/kernel_table.h): panels of 16 outputs, each one
+    run of memory."""
 
-    __slots__ = ("_buffer", "_native", "_run", "nbytes")
+    __slots__ = ("_run", "nbytes")
 
     def __init__(self, weight: GroupedWeight) -> None:
         scales = weight.scales.float().contiguous()
@@ -24,12 +24,8 @@ class Panels:
             weight.out_features, weight.in_features, weight.group_size, wide
         )
         self.nbytes: int = native.nbytes
-        self._buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         codes, zero_points = weight.codes.contiguous(), weight.zero_points.contiguous()
-        native.pack(
-            self._buffer.data_ptr(), codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr()
-        )
-        self._native = native
+        native.pack(codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
         self._run = native.run
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, activations: Activations) -> None:

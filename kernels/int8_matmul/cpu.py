@@ -11,20 +11,18 @@ GROUP_MULTIPLE = 32
 
 
 class Panels:
-    """A weight in the native layout (kernels/csrc/panels.h): panels of 16 outputs, each one run of
-    memory."""
+    """A weight in the native layout (kernels/csrc/kernel_table.h): panels of 16 outputs, each one
+    run of memory."""
 
-    __slots__ = ("_buffer", "_native", "_run", "nbytes")
+    __slots__ = ("_run", "nbytes")
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> None:
         scales = scales.float().contiguous()
         wide = not torch.equal(scales.half().float(), scales)
         native = extension().Int8Weight(codes.size(0), codes.size(1), group_size, wide)
         self.nbytes: int = native.nbytes
-        self._buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         codes = codes.contiguous()
-        native.pack(self._buffer.data_ptr(), codes.data_ptr(), scales.data_ptr())
-        self._native = native
+        native.pack(codes.data_ptr(), scales.data_ptr())
         self._run = native.run
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor, activations: Activations) -> None:
