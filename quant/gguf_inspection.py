@@ -1,4 +1,4 @@
-"""What a GGUF file holds, learned from its header (owner: ggml, `docs/gguf.md`)."""
+"""What a GGUF file holds, learned from its header (owner of the format: ggml)."""
 
 from __future__ import annotations
 

@@ -134,7 +134,12 @@ def _claimed_sibling(target: Path) -> Iterator[Path]:
     with ExitStack() as held:
         with _alone_in(target.parent):
             _clean(target)
-            folder.mkdir()
+            try:
+                folder.mkdir()
+            except OSError as error:
+                raise OutputError(
+                    f"{target.parent} takes no new folder ({error.strerror}): choose another place"
+                ) from None
             held.callback(shutil.rmtree, folder, ignore_errors=True)
             held.enter_context(_locked(folder))
         yield folder

@@ -155,6 +155,11 @@ def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "file" / "out")
 
 
+def test_place_that_takes_no_folder_is_refused() -> None:
+    with pytest.raises(OutputError, match="/proc takes no new folder"), publish(Path("/proc/out")):
+        pytest.fail("the block ran")
+
+
 def test_files_are_as_readable_as_the_folder(tmp_path: Path) -> None:
     with publish(tmp_path / "out") as folder:
         (folder / "private").touch(mode=0o600)
