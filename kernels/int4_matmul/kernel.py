@@ -18,10 +18,10 @@ from qserve.kernels.int4_matmul.launch import (
     REDUCE_BLOCK,
     Int4Launch,
     Int4Problem,
-    Unpack,
     int4_launch,
+    matmul_constants,
 )
-from qserve.kernels.int4_matmul.planar4 import BLOCK, Planar4Weight
+from qserve.kernels.int4_matmul.planar4 import Planar4Weight
 from qserve.kernels.int4_matmul.unpack_ptx import (
     BF16_BIAS,
     FP16_HIGH_BIAS,
@@ -53,7 +53,6 @@ def int4_matmul(x: torch.Tensor, weight: Planar4Weight, out: torch.Tensor) -> No
 def run(x: torch.Tensor, weight: Planar4Weight, out: torch.Tensor, launch: Int4Launch) -> None:
     """Runs one chosen launch: what ``int4_matmul`` does once the rule has spoken."""
     num_rows, num_outputs = out.shape
-    bfloat16_scales = weight.scale_dtype is torch.bfloat16
     target, row_stride = out, out.stride(0)
     if launch.parallel:
         target = torch.empty(
@@ -72,14 +71,7 @@ def run(x: torch.Tensor, weight: Planar4Weight, out: torch.Tensor, launch: Int4L
         x.stride(0),
         row_stride,
         launch.blocks_per_segment,
-        GROUP=weight.group_size,
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        SEGMENTS=1 if launch.parallel else launch.num_segments,
-        EVEN=weight.in_features % BLOCK == 0,
-        HOIST=launch.hoist,
-        LOP3=launch.unpack is Unpack.LOP3,
-        BFLOAT16_SCALES=bfloat16_scales,
+        **matmul_constants(launch, weight.scale_dtype),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         enable_fp_fusion=True,

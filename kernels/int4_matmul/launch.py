@@ -33,7 +33,7 @@ class Int4Problem:
 
 @dataclass(frozen=True, slots=True)
 class Int4Launch:
-    """A launch of the matmul kernel, and of the kernel that adds its partial sums if there are any.
+    """A launch of the matmul for ``problem``, and of the kernel that adds partial sums if any.
 
     block_m, block_n: rows (tokens) and outputs of a tile.
     num_segments: parts of the inputs that are summed apart and then added in order. It is a
@@ -45,6 +45,7 @@ class Int4Launch:
     grid: thread blocks by (outputs, rows, segments).
     """
 
+    problem: Int4Problem
     block_m: int
     block_n: int
     num_warps: int
@@ -76,6 +77,7 @@ def int4_launch(problem: Int4Problem, target: GpuTarget) -> Int4Launch:
     parallel = num_segments > 1 and num_warps_running < 8 * target.num_cores
     nvidia = target.vendor is Vendor.NVIDIA
     return Int4Launch(
+        problem=problem,
         block_m=block_m,
         block_n=block_n,
         num_warps=num_warps,
@@ -89,6 +91,20 @@ def int4_launch(problem: Int4Problem, target: GpuTarget) -> Int4Launch:
     )
 
 
+def matmul_constants(launch: Int4Launch, scale_dtype: torch.dtype) -> dict[str, int | bool]:
+    """The compile-time arguments of the matmul kernel."""
+    return {
+        "GROUP": launch.problem.group_size,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "SEGMENTS": 1 if launch.parallel else launch.num_segments,
+        "EVEN": launch.problem.in_features % BLOCK == 0,
+        "HOIST": launch.hoist,
+        "LOP3": launch.unpack is Unpack.LOP3,
+        "BFLOAT16_SCALES": scale_dtype is torch.bfloat16,
+    }
+
+
 def int4_cost(problem: Int4Problem) -> Cost:
     """The work of ``problem``: codes, 4 bytes a group, activations in and out."""
     m, n, k = problem.num_rows, problem.out_features, problem.in_features
@@ -96,9 +112,9 @@ def int4_cost(problem: Int4Problem) -> Cost:
     return Cost(num_bytes=weight + 2 * m * (k + n), flops=2 * m * n * k)
 
 
-def trip_bytes(problem: Int4Problem, launch: Int4Launch) -> int:
+def trip_bytes(launch: Int4Launch) -> int:
     """Weight bytes that one thread block takes from device memory in a trip of its hot loop."""
-    num_groups = max(1, BLOCK // problem.group_size)
+    num_groups = max(1, BLOCK // launch.problem.group_size)
     return launch.block_n * (BLOCK // 2 + num_groups * 4)
 
 

@@ -22,8 +22,9 @@ from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.paged_attention.launch import (
     AttentionLaunch,
     AttentionProblem,
-    TileLaunch,
     attention_launch,
+    padded_head_dim,
+    tile_constants,
 )
 
 # Stands for minus infinity where the difference with itself must be zero.
@@ -77,15 +78,14 @@ def run(
 
     batch: block tables, context lengths and starts of the query rows.
     """
-    num_sequences = batch[1].size(0)
-    num_heads = q.size(1) // kv.head_dim
+    problem = launch.problem
     sums = maxima = out
     if launch.parallel:
-        shape = (num_sequences, num_heads, launch.num_segments)
-        sums = torch.empty((*shape, kv.head_dim), dtype=torch.float32, device=q.device)
+        shape = (problem.num_sequences, problem.num_heads, launch.num_segments)
+        sums = torch.empty((*shape, problem.head_dim), dtype=torch.float32, device=q.device)
         maxima = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
     arguments = (q, kv.k, kv.v, out, sums, maxima, *batch)
-    strides = (q.stride(0), out.stride(0), batch[0].stride(0), num_sequences)
+    strides = (q.stride(0), out.stride(0), batch[0].stride(0))
     for tile in (launch.decode, launch.prefill):
         if tile is None:
             continue
@@ -93,53 +93,36 @@ def run(
             *arguments,
             scale * math.log2(math.e),
             *strides,
-            **tile_constants(kv, num_heads, launch, tile),
+            problem.num_sequences,
+            launch.num_segments,
+            **tile_constants(launch, tile),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
         )
     if launch.parallel:
-        merge_kernel[(num_sequences, num_heads)](
+        merge_kernel[(problem.num_sequences, problem.num_heads)](
             sums,
             maxima,
             out,
             batch[1],
             batch[2],
             out.stride(0),
-            SEGMENT_TOKENS=launch.blocks_per_segment * kv.block_size,
-            NUM_SEGMENTS=launch.num_segments,
-            HEAD_DIM=kv.head_dim,
-            BLOCK_D=triton.next_power_of_2(kv.head_dim),
+            launch.num_segments,
+            SEGMENT_TOKENS=launch.blocks_per_segment * problem.block_size,
+            HEAD_DIM=problem.head_dim,
+            BLOCK_D=padded_head_dim(problem),
             num_warps=1,
         )
-
-
-def tile_constants(
-    kv: LayerCache, num_heads: int, launch: AttentionLaunch, tile: TileLaunch
-) -> dict[str, int | bool]:
-    """The compile-time arguments of the attention kernel."""
-    decode = tile is launch.decode
-    return {
-        "HEADS_PER_KV": num_heads // kv.num_kv_heads,
-        "HEAD_DIM": kv.head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(kv.head_dim)),
-        "BLOCK_SIZE": kv.block_size,
-        "SEGMENT_BLOCKS": launch.blocks_per_segment,
-        "NUM_SEGMENTS": launch.num_segments,
-        "ROWS": tile.rows,
-        "TOKENS": tile.tokens,
-        "DECODE": decode,
-        "PARALLEL": decode and launch.parallel,
-    }
 
 
 @triton.jit
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, sum_ptr, maximum_ptr, table_ptr, context_ptr, start_ptr,
-    scale, q_stride, out_stride, table_stride, num_sequences,
+    scale, q_stride, out_stride, table_stride, num_sequences, num_segments,
     HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, SEGMENT_BLOCKS: tl.constexpr, NUM_SEGMENTS: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, DECODE: tl.constexpr, PARALLEL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, SEGMENT_BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, DECODE: tl.constexpr, PARALLEL: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one KV head, over its sequence or (PARALLEL) over a segment of it."""
     sequence, first_token, num_tokens, start = _find_tile(start_ptr, num_sequences, TOKENS, DECODE)
@@ -169,10 +152,10 @@ def attention_kernel(
     tables = table_ptr + sequence.to(tl.int64) * table_stride
     state, totals = _attend(
         q, k_ptr, v_ptr, tables, positions, context, scale, (first, whole, last),
-        HEAD_DIM, BLOCK_D, BLOCK_SIZE, SEGMENT_BLOCKS, NUM_SEGMENTS > 1 and not PARALLEL,
+        HEAD_DIM, BLOCK_D, BLOCK_SIZE, SEGMENT_BLOCKS, MERGE,
     )  # fmt: skip
     if PARALLEL:
-        part = (sequence * tl.num_programs(1) * HEADS_PER_KV + heads) * NUM_SEGMENTS
+        part = (sequence * tl.num_programs(1) * HEADS_PER_KV + heads) * num_segments
         part = part.to(tl.int64) + tl.program_id(2)
         sum_ptrs = sum_ptr + part[:, None] * HEAD_DIM + dims[None, :]
         _store_state(sum_ptrs, maximum_ptr + part * 2, state, mask, has_row)
@@ -183,9 +166,8 @@ def attention_kernel(
 
 @triton.jit
 def merge_kernel(
-    sum_ptr, maximum_ptr, out_ptr, context_ptr, start_ptr, out_stride,
-    SEGMENT_TOKENS: tl.constexpr, NUM_SEGMENTS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    sum_ptr, maximum_ptr, out_ptr, context_ptr, start_ptr, out_stride, num_segments,
+    SEGMENT_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One head of one decoding sequence, from the parts that its segments left."""
     sequence = tl.program_id(0)
@@ -195,7 +177,7 @@ def merge_kernel(
         return
     dims = tl.arange(0, BLOCK_D)
     mask = dims < HEAD_DIM
-    part = (sequence * tl.num_programs(1) + head).to(tl.int64) * NUM_SEGMENTS
+    part = (sequence * tl.num_programs(1) + head).to(tl.int64) * num_segments
     totals = _empty(1, BLOCK_D)
     for segment in tl.range(0, tl.cdiv(tl.load(context_ptr + sequence), SEGMENT_TOKENS)):
         at = part + segment

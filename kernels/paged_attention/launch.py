@@ -48,7 +48,7 @@ class TileLaunch:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLaunch:
-    """The launches that one batch needs.
+    """The launches that ``problem`` needs.
 
     blocks_per_segment: cache blocks whose softmax is taken apart; segments are then merged in
         order. It does not depend on the batch, so neither does the result of a row.
@@ -58,6 +58,7 @@ class AttentionLaunch:
     prefill: absent when every sequence has one row.
     """
 
+    problem: AttentionProblem
     blocks_per_segment: int
     num_segments: int
     parallel: bool
@@ -93,12 +94,36 @@ def attention_launch(problem: AttentionProblem, target: GpuTarget) -> AttentionL
     grid = (problem.num_sequences, problem.num_kv_heads, num_segments if parallel else 1)
     prefill = _prefill(problem, target) if problem.num_rows > problem.num_sequences else None
     return AttentionLaunch(
+        problem=problem,
         blocks_per_segment=blocks_per_segment,
         num_segments=num_segments,
         parallel=parallel,
         decode=TileLaunch(decode_rows, 1, 4, 3 if nvidia else 2, grid),
         prefill=prefill,
     )
+
+
+def tile_constants(launch: AttentionLaunch, tile: TileLaunch) -> dict[str, int | bool]:
+    """The compile-time arguments of the attention kernel for one of the tiles of ``launch``."""
+    decode = tile is launch.decode
+    parallel = decode and launch.parallel
+    return {
+        "HEADS_PER_KV": launch.problem.heads_per_kv,
+        "HEAD_DIM": launch.problem.head_dim,
+        "BLOCK_D": padded_head_dim(launch.problem),
+        "BLOCK_SIZE": launch.problem.block_size,
+        "SEGMENT_BLOCKS": launch.blocks_per_segment,
+        "ROWS": tile.rows,
+        "TOKENS": tile.tokens,
+        "DECODE": decode,
+        "PARALLEL": parallel,
+        "MERGE": launch.num_segments > 1 and not parallel,
+    }
+
+
+def padded_head_dim(problem: AttentionProblem) -> int:
+    """The head dimension of a tile: a power of two."""
+    return max(_MIN_ROWS, 1 << (problem.head_dim - 1).bit_length())
 
 
 def decode_cost(problem: AttentionProblem, num_tokens: int) -> Cost:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from math import gcd
 
 import pytest
 import torch
 
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int4_matmul import kernel
-from qserve.kernels.int4_matmul.launch import Int4Launch, Unpack
+from qserve.kernels.int4_matmul.launch import Int4Launch, Int4Problem, Unpack
 from qserve.kernels.int4_matmul.planar4 import pack_planar4
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -37,9 +38,12 @@ def make_rows(num_rows: int, num_inputs: int, dtype: torch.dtype) -> torch.Tenso
     return torch.randn(num_rows, num_inputs, generator=generator).to(dtype)
 
 
-def make_launch(hoist: bool, unpack: Unpack, num_rows: int, num_inputs: int) -> Int4Launch:
+def make_launch(hoist: bool, unpack: Unpack, x: torch.Tensor, weight: GroupedWeight) -> Int4Launch:
     """A launch in one segment, with a tile as small as the tensor cores take."""
+    group_size = gcd(weight.group_size, 128)
+    num_rows, num_inputs = x.shape
     return Int4Launch(
+        problem=Int4Problem(num_rows, NUM_OUTPUTS, num_inputs, group_size, x.dtype),
         block_m=16,
         block_n=32,
         num_warps=4,
@@ -100,7 +104,7 @@ def test_the_kernel_computes_what_the_weight_stands_for(
 ) -> None:
     weight = make_weight(256, group_size)
     x = make_rows(5, 256, dtype)
-    launch = make_launch(hoist, unpack, 5, 256)
+    launch = make_launch(hoist, unpack, x, weight)
     assert is_close(multiply(x, weight, launch), x, weight, launch)
 
 
@@ -111,7 +115,7 @@ def test_inputs_need_not_fill_a_block_nor_rows_a_tile(
 ) -> None:
     weight = make_weight(num_inputs, group_size)
     x = make_rows(17, num_inputs, dtype)
-    launch = make_launch(True, Unpack.LOP3, 17, num_inputs)
+    launch = make_launch(True, Unpack.LOP3, x, weight)
     assert is_close(multiply(x, weight, launch), x, weight, launch)
 
 
@@ -119,7 +123,7 @@ def test_inputs_need_not_fill_a_block_nor_rows_a_tile(
 def test_rows_may_lie_apart(hoist: bool) -> None:
     weight = make_weight(128, 64)
     x = make_rows(3, 256, torch.float16)[:, 64:192]
-    launch = make_launch(hoist, Unpack.LOP3, 3, 128)
+    launch = make_launch(hoist, Unpack.LOP3, x, weight)
     assert is_close(multiply(x, weight, launch), x, weight, launch)
 
 
@@ -127,7 +131,7 @@ def test_rows_may_lie_apart(hoist: bool) -> None:
 def test_scales_may_be_bfloat16(dtype: torch.dtype) -> None:
     weight = make_weight(128, 32, torch.bfloat16)
     x = make_rows(2, 128, dtype)
-    launch = make_launch(True, Unpack.LOP3, 2, 128)
+    launch = make_launch(True, Unpack.LOP3, x, weight)
     assert is_close(multiply(x, weight, launch), x, weight, launch)
 
 
@@ -135,7 +139,7 @@ def test_scales_may_be_bfloat16(dtype: torch.dtype) -> None:
 def test_segments_summed_in_parallel_and_in_turn_agree_to_the_bit(dtype: torch.dtype) -> None:
     weight = make_weight(384, 128)
     x = make_rows(18, 384, dtype)
-    launch = make_launch(True, Unpack.LOP3, 18, 384)
+    launch = make_launch(True, Unpack.LOP3, x, weight)
     apart = multiply(x, weight, in_segments(launch, parallel=True))
     assert is_close(apart, x, weight, launch)
     assert torch.equal(apart, multiply(x, weight, in_segments(launch, parallel=False)))
@@ -144,9 +148,9 @@ def test_segments_summed_in_parallel_and_in_turn_agree_to_the_bit(dtype: torch.d
 def test_a_row_is_the_same_alone_and_in_a_batch() -> None:
     weight = make_weight(256, 64)
     x = make_rows(20, 256, torch.float16)
-    batch = make_launch(True, Unpack.LOP3, 20, 256)
+    batch = make_launch(True, Unpack.LOP3, x, weight)
     wide = replace(batch, block_m=32, grid=(2, 1, 1))
-    alone = make_launch(True, Unpack.LOP3, 1, 256)
+    alone = make_launch(True, Unpack.LOP3, x[19:], weight)
     row = multiply(x[19:], weight, in_segments(alone, parallel=True))
     assert torch.equal(multiply(x, weight, in_segments(batch, parallel=True))[19:], row)
     assert torch.equal(multiply(x, weight, in_segments(wide, parallel=False))[19:], row)
@@ -157,7 +161,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch() -> None:
 def test_a_code_off_by_one_step_is_noticed(hoist: bool, position: int) -> None:
     weight = make_weight(256, 64)
     x = make_rows(5, 256, torch.float16)
-    launch = make_launch(hoist, Unpack.PLAIN, 5, 256)
+    launch = make_launch(hoist, Unpack.PLAIN, x, weight)
     codes = weight.codes.clone()
     codes[7, position] ^= 1
     out = multiply(x, replace(weight, codes=codes), launch)
@@ -167,7 +171,7 @@ def test_a_code_off_by_one_step_is_noticed(hoist: bool, position: int) -> None:
 def test_a_zero_point_off_by_one_step_is_noticed() -> None:
     weight = make_weight(256, 128)
     x = make_rows(5, 256, torch.bfloat16)
-    launch = make_launch(True, Unpack.LOP3, 5, 256)
+    launch = make_launch(True, Unpack.LOP3, x, weight)
     zero_points = weight.zero_points.clone()
     zero_points[39, 1] ^= 1
     assert not is_close(

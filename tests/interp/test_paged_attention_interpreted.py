@@ -69,17 +69,31 @@ def make_batch(
     return Batch(q, LayerCache(k, v), tables, torch.tensor(contexts).int(), starts, num_heads)
 
 
+def make_problem(batch: Batch) -> AttentionProblem:
+    return AttentionProblem(
+        num_sequences=batch.contexts.size(0),
+        num_rows=batch.q.size(0),
+        num_heads=batch.num_heads,
+        num_kv_heads=batch.kv.num_kv_heads,
+        head_dim=batch.kv.head_dim,
+        block_size=BLOCK_SIZE,
+        max_context=batch.tables.size(1) * BLOCK_SIZE,
+    )
+
+
 def make_launch(
     batch: Batch, *, parallel: bool, blocks_per_segment: int, rows: int = 16
 ) -> AttentionLaunch:
     """The rule's launch with short segments and small tiles."""
-    num_sequences = batch.contexts.size(0)
-    kv_heads = batch.kv.num_kv_heads
+    problem = make_problem(batch)
+    num_sequences = problem.num_sequences
+    kv_heads = problem.num_kv_heads
     num_segments = -(-batch.tables.size(1) // blocks_per_segment)
     tokens = rows // (batch.num_heads // kv_heads)
     prefill_grid = (batch.q.size(0) // tokens + num_sequences, kv_heads, 1)
     decode_grid = (num_sequences, kv_heads, num_segments if parallel else 1)
     return AttentionLaunch(
+        problem=problem,
         blocks_per_segment=blocks_per_segment,
         num_segments=num_segments,
         parallel=parallel,
@@ -177,16 +191,7 @@ def test_a_row_is_the_same_decoded_and_in_a_chunk(dtype: torch.dtype) -> None:
 
 def test_the_rules_own_launch_computes_attention() -> None:
     batch = make_batch([1, 7], [50, 40])
-    problem = AttentionProblem(
-        num_sequences=2,
-        num_rows=8,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        block_size=BLOCK_SIZE,
-        max_context=batch.tables.size(1) * BLOCK_SIZE,
-    )
-    launch = attention_launch(problem, TARGETS["sm_80"])
+    launch = attention_launch(make_problem(batch), TARGETS["sm_80"])
     assert error(attend(batch, launch), batch) < 1
 
 
