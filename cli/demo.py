@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
-from typing import NoReturn
 
 import click
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.demo_model import NAME, find_model
 from qserve.cli.errors import CommandError, ExitCode
+from qserve.cli.termination import terminated_like_interrupted
 
 EXPECTED = "Paris"
 
@@ -38,7 +35,7 @@ def command(keep: bool, port: int) -> None:
     from qserve.cli.demo_run import print_outcome, run_demo
 
     cache = cache_folder(os.environ)
-    with _terminated_like_interrupted(), ExitStack() as stack:
+    with terminated_like_interrupted(), ExitStack() as stack:
         model = find_model(cache)
         out = cache / "demo" / f"{NAME}-awq"
         if not keep:
@@ -52,17 +49,3 @@ def command(keep: bool, port: int) -> None:
         )
     if keep:
         click.echo(f"Serve it with: qserve serve {out}")
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM becomes an exception, so that the server is stopped and folders are removed."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -12,6 +12,7 @@ import click
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, progress, say
 from qserve.cli.quantities import format_bytes, format_seconds
+from qserve.cli.termination import terminated_like_interrupted
 
 if TYPE_CHECKING:
     from qserve.quant.options import QuantizeOptions
@@ -78,7 +79,8 @@ def command(model: str, output: Path, **options: Any) -> None:
     MODEL is a folder of safetensors, a .gguf file or a hub id (owner/name). The result appears
     under --output when it is complete and not before.
     """
-    report = _quantize(model, output, options)
+    with terminated_like_interrupted():
+        report = _quantize(model, output, options)
     summary = summarize(report, output)
     if options["as_json"]:
         click.echo(json.dumps(summary, indent=2))

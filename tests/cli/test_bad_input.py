@@ -19,6 +19,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from qserve.cli import quantize
 from qserve.cli.errors import ExitCode
 from qserve.quant import source
 
@@ -212,6 +213,21 @@ def test_full_disk_leaves_nothing(tiny_llama: Path, out: Path) -> None:
     notice, error = done.stderr.splitlines()
     assert notice.startswith("groups of 64")
     assert error.startswith(f"error: {out} cannot be written: the file would exceed the size limit")
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_run_leaves_nothing(
+    number: int,
+    tiny_llama: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    qserve: Callable[..., Any],
+) -> None:
+    monkeypatch.setattr(quantize, "format_seconds", lambda seconds: signal.raise_signal(number))
+    done = qserve("quantize", tiny_llama, "--rtn", "-o", out)
+    assert done.code == ExitCode.INTERRUPTED
+    assert done.out == ""
     assert list(out.parent.iterdir()) == []
 
 
