@@ -22,6 +22,7 @@ from qserve.quant.architecture import Stage
 from qserve.quant.block_result import BlockResult
 from qserve.quant.clipping import search_grid
 from qserve.quant.decoder import Block, ScratchMemory
+from qserve.quant.errors import CheckpointError
 from qserve.quant.folding import fold_, settle_, sharing_of
 from qserve.quant.grid import (
     clipped_weights,
@@ -76,7 +77,8 @@ class AwqQuantizer:
         for stage, inputs in block.walk_(self._hidden, self._scratch):
             if self._plan.includes(block, stage):
                 scale = transformed.scales[stage.name]
-                codes, reports = self._quantize_stage_(block, stage, _gram_of(inputs), scale)
+                gram = _gram_of(block, stage, inputs)
+                codes, reports = self._quantize_stage_(block, stage, gram, scale)
                 weights |= codes
                 layers += reports
         return BlockResult(weights, tuple(layers), self._block_error(transformed))
@@ -85,7 +87,10 @@ class AwqQuantizer:
         """Choose and fold the scales of a float block."""
         left = self._hidden[:: self._stride].clone()
         entered = left.clone()
-        grams = {stage.name: _gram_of(inputs) for stage, inputs in block.walk_(left, self._scratch)}
+        grams = {
+            stage.name: _gram_of(block, stage, inputs)
+            for stage, inputs in block.walk_(left, self._scratch)
+        }
         scales = {}
         for stage in block.stages:
             if self._plan.includes(block, stage):
@@ -156,12 +161,18 @@ def quantize_weight(
     return to_grouped_weight(levels, grid)
 
 
-def _gram_of(inputs: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of inputs ``[S, T, K]``, added window by window."""
+def _gram_of(block: Block, stage: Stage, inputs: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix of the inputs ``[S, T, K]`` of a stage, added window by window."""
     gram = GramMatrix(inputs.shape[-1])
     for window in inputs:
         gram.add(window)
-    return gram.mean()
+    mean = gram.mean()
+    if not bool(torch.isfinite(mean).all()):
+        raise CheckpointError(
+            f"{block.full_name(stage.linears[0])} receives infinite or NaN inputs: the model "
+            "overflows on the calibration text, its weights are damaged"
+        )
+    return mean
 
 
 def _scale_report(choice: ScaleChoice) -> ScaleReport:

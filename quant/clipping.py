@@ -10,14 +10,22 @@ import torch
 from qserve.quant.grid import Grid, grid_over, rounding_difference
 from qserve.quant.objective import diagonal_blocks
 
-COARSE = (0.875, 0.75, 0.625, 0.5)
-"""Shares of the full range tried on both ends at once."""
+BOTH_ENDS = tuple(1 - i / 20 for i in range(-1, 11) if i)
+"""Shares of the full range tried on both ends at once. Wider than full is tried too: where the 16
+values of the grid fall between the extremes matters as much as how far they reach."""
+
+ONE_END = (0.875, 0.75, 0.625, 0.5)
+"""Shares tried on one end with the other at its extreme, for groups with an outlier on one side."""
 
 REFINEMENTS = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
-"""Steps tried on one end at a time, from each group's best so far, in both directions."""
+"""Steps tried on one end at a time, from each group's best so far, in both directions.
 
-MAX_REACH = 1.125
-"""A grid may reach a little beyond the extremes: their rounding to whole codes can gain by it."""
+On the demo model's layers, the error relative to the full range: 0.76 for 16 steps on both ends at
+once, down to a half (as the published code searches), 0.64 for these tables, 36 candidates.
+"""
+
+MAX_REACH = 1.25
+"""How far beyond an extreme the grid may reach."""
 
 
 def search_grid(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits: int) -> Grid:
@@ -57,8 +65,12 @@ def _search_group(weights: torch.Tensor, block: torch.Tensor, bits: int) -> Grid
         torch.where(better, low_try, low_share, out=low_share)
         torch.where(better, high_try, high_share, out=high_share)
 
-    for share in COARSE:
-        consider(torch.full_like(low, share), torch.full_like(high, share))
+    full = torch.ones_like(low)
+    for share in BOTH_ENDS:
+        consider(full * share, full * share)
+    for share in ONE_END:
+        consider(full, full * share)
+        consider(full * share, full)
     for step in REFINEMENTS:
         for change in (-step, step):
             consider((low_share + change).clamp(max=MAX_REACH), high_share.clone())

@@ -129,7 +129,12 @@ class _Run:
     def _write_block(self, block: Block, result: BlockResult) -> None:
         for name, weight in result.weights.items():
             full_name = block.full_name(name)
-            packed = awq_format.pack(weight)
+            try:
+                packed = awq_format.pack(weight)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{full_name}: {error}; its weights are too large, fetch the checkpoint again"
+                ) from None
             for key, tensor in packed.items():
                 self._writer.add(f"{full_name}.{key}", tensor)
             self._packed_bits += 8 * sum(tensor.nbytes for tensor in packed.values())

@@ -49,8 +49,8 @@ def test_a_large_weight_on_a_quiet_input_is_cut_off() -> None:
     loud = search_grid(weight, gram_of(inputs), GROUP_SIZE, 4)
     inputs[:, 4] *= 0.01
     quiet = search_grid(weight, gram_of(inputs), GROUP_SIZE, 4)
-    assert bool((quiet.scales < 0.95 * loud.scales).all())
-    assert float(quiet.scales.mean()) < 0.8 * float(loud.scales.mean())
+    assert bool((quiet.scales < loud.scales).all())
+    assert float(quiet.scales.mean()) < 0.85 * float(loud.scales.mean())
 
 
 def test_weights_on_a_grid_keep_it() -> None:

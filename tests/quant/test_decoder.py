@@ -30,7 +30,8 @@ def logits_by_blocks(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     hidden = decoder.embed(ids)
     for index in range(decoder.num_blocks):
         decoder.block(index, LENGTH).run_(hidden)
-    return decoder.final_norm()(hidden) @ decoder.head().T
+    logits: torch.Tensor = decoder.final_norm()(hidden) @ decoder.head().T
+    return logits
 
 
 def logits_by_transformers(folder: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,137 @@
+"""AWQ on whole blocks: what it stores is what later layers were calibrated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qserve.quant import rtn
+from qserve.quant.awq import AwqQuantizer
+from qserve.quant.block_result import BlockResult
+from qserve.quant.decoder import Block, Decoder
+from qserve.quant.errors import CheckpointError
+from qserve.quant.options import QuantizeOptions
+from qserve.quant.plan import Plan, make_plan
+
+HiddenStates = Callable[[Decoder], torch.Tensor]
+
+
+@pytest.fixture
+def plan(decoder: Decoder) -> Plan:
+    return make_plan(decoder, QuantizeOptions(group_size=32))
+
+
+def quantized_block(
+    decoder: Decoder, plan: Plan, hidden: torch.Tensor, index: int = 0
+) -> tuple[Block, BlockResult]:
+    """A block after AWQ, and its codes. ``hidden`` becomes its output."""
+    block = decoder.block(index, hidden.shape[1])
+    return block, AwqQuantizer(hidden, plan, 4).quantize_block(block)
+
+
+def test_the_codes_stand_for_the_weights_that_later_layers_saw(
+    decoder: Decoder, plan: Plan, hidden_states: HiddenStates
+) -> None:
+    hidden = hidden_states(decoder)
+    again = hidden.clone()
+    block, result = quantized_block(decoder, plan, hidden)
+    assert set(result.weights) == {name for stage in block.stages for name in stage.linears}
+    for name, weight in result.weights.items():
+        assert torch.equal(weight.dequantize(), block.linear(name).weight), name
+    block.run_(again)  # with the parameters as they are stored
+    torch.testing.assert_close(hidden, again, rtol=1e-5, atol=1e-5)
+
+
+def test_every_layer_and_the_block_are_better_than_rounding_to_nearest(
+    decoder: Decoder, plan: Plan, hidden_states: HiddenStates
+) -> None:
+    hidden = hidden_states(decoder)
+    entered = hidden.clone()
+    float_output, rounded_output = hidden.clone(), hidden.clone()
+    decoder.block(0, hidden.shape[1]).run_(float_output)
+    rounded = decoder.block(0, hidden.shape[1])
+    for name, weight in rtn.quantize_block(rounded, plan, 4).weights.items():
+        rounded.linear(name).weight.copy_(weight.dequantize())
+    rounded.run_(rounded_output)
+
+    _, result = quantized_block(decoder, plan, hidden)
+    for layer in result.layers:
+        assert layer.error < 0.9 * layer.rounded_error, layer.name
+        assert 0 <= layer.clipped_share < 0.1
+    energy = (float_output - entered).square().sum()
+    error = float((hidden - float_output).square().sum() / energy)
+    assert result.error == pytest.approx(error, rel=1e-3)
+    assert error < 0.9 * float((rounded_output - float_output).square().sum() / energy)
+
+
+def test_reported_errors_are_those_of_the_layers_outputs(
+    decoder: Decoder, plan: Plan, hidden_states: HiddenStates
+) -> None:
+    hidden = hidden_states(decoder)
+    original = decoder.block(0, hidden.shape[1])
+    inputs = original.module("input_layernorm")(hidden).flatten(0, 1)
+    block, result = quantized_block(decoder, plan, hidden.clone())
+    scaled_inputs = block.module("input_layernorm")(hidden).flatten(0, 1)
+    rounded = rtn.quantize_block(original, plan, 4).weights
+    for layer in result.layers[:2]:  # the rows of the third one carry a scale of the next stage
+        name = layer.name.removeprefix("model.layers.0.")
+        expected = inputs @ original.linear(name).weight.T
+        energy = expected.square().sum()
+        found = scaled_inputs @ block.linear(name).weight.T
+        error = float((found - expected).square().sum() / energy)
+        assert layer.error == pytest.approx(error, rel=1e-3)
+        nearest = inputs @ rounded[name].dequantize().T
+        error = float((nearest - expected).square().sum() / energy)
+        assert layer.rounded_error == pytest.approx(error, rel=1e-3)
+
+
+def test_later_blocks_are_calibrated_on_what_earlier_ones_became(
+    decoder: Decoder, plan: Plan, hidden_states: HiddenStates
+) -> None:
+    hidden = hidden_states(decoder)
+    chained = hidden.clone()
+    quantizer = AwqQuantizer(chained, plan, 4)
+    first = decoder.block(0, hidden.shape[1])
+    quantizer.quantize_block(first)
+    second = quantizer.quantize_block(decoder.block(1, hidden.shape[1]))
+    first.run_(hidden)
+    torch.testing.assert_close(
+        quantized_block(decoder, plan, hidden, index=1)[1].layers[0].error,
+        second.layers[0].error,
+        rtol=1e-4,
+        atol=0,
+    )
+
+
+def test_query_heads_share_the_scale_that_their_value_head_absorbs(
+    decoder: Decoder, plan: Plan, hidden_states: HiddenStates
+) -> None:
+    hidden = hidden_states(decoder)
+    _, result = quantized_block(decoder, plan, hidden)
+    reports = {layer.name.rpartition(".")[2]: layer.scale for layer in result.layers}
+    assert all(report is not None for report in reports.values())
+    output = reports["o_proj"]
+    assert output is not None and output.largest > output.smallest  # scaled, not skipped
+
+
+def test_layers_outside_the_plan_are_stored_in_16_bits(
+    decoder: Decoder, hidden_states: HiddenStates
+) -> None:
+    plan = make_plan(decoder, QuantizeOptions(group_size=32, ignore=("down_proj", "v_proj")))
+    block, result = quantized_block(decoder, plan, hidden_states(decoder))
+    assert set(result.weights) == {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"}
+    for name in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+        weight = block.linear(name).weight
+        assert torch.equal(weight, weight.half().float()), name
+
+
+def test_a_model_that_overflows_is_refused_with_the_layer(
+    decoder: Decoder, plan: Plan, hidden_states: HiddenStates
+) -> None:
+    hidden = hidden_states(decoder)
+    block = decoder.block(0, hidden.shape[1])
+    block.linear("self_attn.o_proj").weight.fill_(1e38)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate_proj receives infinite"):
+        AwqQuantizer(hidden, plan, 4).quantize_block(block)

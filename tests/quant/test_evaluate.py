@@ -1,0 +1,124 @@
+"""The evaluation of a model agrees with the definition, computed by transformers in one go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qserve.quant.errors import CalibrationError, CheckpointError
+from qserve.quant.evaluate import Evaluation, evaluate
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.progress import Phase, Progress, ignore_progress
+from qserve.quant.windows import tokenize
+
+NUM_WINDOWS, SEQ_LEN = 5, 150  # more positions than are compared at once
+
+
+@pytest.fixture(scope="module")
+def other_llama(make_tiny_llama: Callable[..., Path]) -> Path:
+    """The tiny model with its last block all but switched off: alike, and different."""
+    return make_tiny_llama(rms_norm_eps=0.3)
+
+
+@pytest.fixture(scope="module")
+def text(text_file: Path) -> str:
+    return text_file.read_text()
+
+
+def expected_windows(folder: Path, text: str) -> torch.Tensor:
+    ids = tokenize(folder, text)
+    starts = [i * (len(ids) - SEQ_LEN) // (NUM_WINDOWS - 1) for i in range(NUM_WINDOWS)]
+    return torch.tensor([ids[start : start + SEQ_LEN] for start in starts])
+
+
+def log_probs(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """``[S, T - 1, V]``, float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids, use_cache=False).logits
+    return logits[:, :-1].double().log_softmax(-1)
+
+
+def test_figures_are_those_of_the_definition(
+    tiny_llama: Path, other_llama: Path, text: str
+) -> None:
+    found = evaluate(
+        Checkpoint(other_llama),
+        Checkpoint(tiny_llama),
+        text,
+        NUM_WINDOWS,
+        SEQ_LEN,
+        ignore_progress,
+    )
+    ids = expected_windows(tiny_llama, text)
+    base, model = log_probs(tiny_llama, ids), log_probs(other_llama, ids)
+    targets = ids[:, 1:, None]
+    kl = (base.exp() * (base - model)).sum(-1).mean(1)
+    agreement = (base.argmax(-1) == model.argmax(-1)).double().mean(1)
+    expected = Evaluation(
+        num_windows=NUM_WINDOWS,
+        seq_len=SEQ_LEN,
+        perplexity=math.exp(-model.gather(2, targets).mean()),
+        base_perplexity=math.exp(-base.gather(2, targets).mean()),
+        kl=float(kl.mean()),
+        kl_standard_error=float(kl.std() / math.sqrt(NUM_WINDOWS)),
+        top1=float(agreement.mean()),
+        top1_standard_error=float(agreement.std() / math.sqrt(NUM_WINDOWS)),
+        seconds=found.seconds,
+    )
+    assert expected.kl is not None and expected.kl > 0.01
+    for field in Evaluation.__slots__:
+        assert getattr(found, field) == pytest.approx(getattr(expected, field), rel=1e-4), field
+
+
+def test_without_a_base_there_is_a_perplexity_alone(tiny_llama: Path, text: str) -> None:
+    alone = evaluate(Checkpoint(tiny_llama), None, text, NUM_WINDOWS, SEQ_LEN, ignore_progress)
+    both = evaluate(
+        Checkpoint(tiny_llama), Checkpoint(tiny_llama), text, NUM_WINDOWS, SEQ_LEN, ignore_progress
+    )
+    assert alone.perplexity == both.perplexity == both.base_perplexity
+    assert (both.kl, both.top1) == (0.0, 1.0)
+    assert alone == replace(
+        alone,
+        base_perplexity=None,
+        kl=None,
+        kl_standard_error=None,
+        top1=None,
+        top1_standard_error=None,
+    )
+
+
+def test_a_short_text_is_judged_on_fewer_windows(tiny_llama: Path, text: str) -> None:
+    found = evaluate(Checkpoint(tiny_llama), None, text[:800], 48, SEQ_LEN, ignore_progress)
+    assert 1 <= found.num_windows < 48
+    assert found.num_windows == len(tokenize(tiny_llama, text[:800])) // SEQ_LEN
+
+
+def test_progress_counts_every_step_to_its_end(
+    tiny_llama: Path, other_llama: Path, text: str
+) -> None:
+    seen: list[Progress] = []
+    evaluate(Checkpoint(other_llama), Checkpoint(tiny_llama), text, 3, 32, seen.append)
+    assert [progress.done for progress in seen] == [1, 2, 3, 4, 5, 6, 7]
+    assert {(progress.total, progress.phase) for progress in seen} == {(7, Phase.EVALUATE)}
+    assert seen[-1].seconds_left == 0
+
+
+@pytest.mark.parametrize("seq_len", [1, 513])
+def test_windows_must_fit_the_context(tiny_llama: Path, text: str, seq_len: int) -> None:
+    with pytest.raises(CalibrationError, match=r"expected 2 to 512, the model's context"):
+        evaluate(Checkpoint(tiny_llama), None, text, 2, seq_len, ignore_progress)
+
+
+def test_models_of_different_vocabularies_cannot_be_compared(
+    make_tiny_llama: Callable[..., Path], tiny_llama: Path, text: str
+) -> None:
+    other = make_tiny_llama(vocab_size=544, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match="vocabularies of"):
+        evaluate(Checkpoint(other), Checkpoint(tiny_llama), text, 2, 32, ignore_progress)
