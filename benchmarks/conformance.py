@@ -6,13 +6,16 @@ by qserve, and compares their logits with our own evaluation in float32.
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import click
@@ -21,14 +24,21 @@ from safetensors.torch import load_file, save_file
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
-from qserve.cli.demo_model import find_model
+from qserve.cli.demo_model import NAME, find_model
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.decoder import Decoder
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.report import FILE_NAME as REPORT_NAME
 from qserve.quant.windows import python_topics, spread_windows, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "conformance"
+ROWS = ROOT / "docs" / "benchmarks" / "conformance.csv"
+COLUMNS = (
+    *("peer", "checkpoint", "method", "bits", "group_size", "positions"),
+    *("max_relative_logit_difference", "same_top_token", "max_relative_weight_difference"),
+    *("commit", "date"),
+)
 PEERS_SCRIPT = Path(__file__).with_name("conformance_peers.py")
 REQUIREMENTS = Path(__file__).with_name("conformance_requirements.txt")
 PEERS = {"autoawq": "autoawq==0.2.9", "gptqmodel": "gptqmodel==7.7.0"}
@@ -87,7 +97,7 @@ def run(command: Sequence[str | Path], log: Path, **environment: str) -> None:
 
 def prepare_checkpoint() -> Path:
     """The demo model quantized by the command line, short calibration; kept under build/."""
-    folder = BUILD / "demo-awq"
+    folder = BUILD / f"{NAME}-awq"
     if not (folder / "config.json").is_file():
         model = find_model(cache_folder(os.environ))
         arguments = ["quantize", str(model), "--awq", "--samples", "8", "--seq-len", "256"]
@@ -138,9 +148,35 @@ def compare(
     )
 
 
+def record(checkpoint: Path, num_positions: int, found: list[Comparison]) -> None:
+    """Append a row for each peer to the results that the documentation quotes."""
+    report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    is_new = not ROWS.is_file()
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    with ROWS.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(COLUMNS)
+        for one in found:
+            scheme = (report["method"], report["bits"], report["group_size"])
+            figures = (f"{one.logits:.2e}", f"{one.same_top:.4f}", one.weights)
+            today = date.today().isoformat()
+            writer.writerow(
+                (one.peer, checkpoint.name, *scheme, num_positions, *figures, commit, today)
+            )
+
+
 @click.command()
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-def main(checkpoint: Path | None) -> None:
+@click.option("--record", "recorded", is_flag=True, help=f"Append rows to {ROWS.name}.")
+def main(checkpoint: Path | None, recorded: bool) -> None:
     """Compare other engines with ours on CHECKPOINT (default: the demo model, quantized)."""
     BUILD.mkdir(parents=True, exist_ok=True)
     folder = checkpoint or prepare_checkpoint()
@@ -150,6 +186,8 @@ def main(checkpoint: Path | None) -> None:
     save_file({"token_ids": ids}, tokens)
     ours = compute_logits(folder, ids)
     found = [compare(peer, folder, ours, run_peer(peer, python, folder, tokens)) for peer in PEERS]
+    if recorded:
+        record(folder, ids.numel(), found)
     rows = [
         (
             one.peer,
