@@ -23,6 +23,7 @@ class Message(BaseModel):
 
     role: Annotated[str, Field(min_length=1)]
     content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -121,9 +122,9 @@ def _text_of(part: object) -> str:
     return text
 
 
-def _with_parsed_arguments(call: object) -> object:
+def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     """A tool call whose arguments are an object, since templates iterate over them."""
-    if not isinstance(call, Mapping) or not isinstance(call.get("function"), Mapping):
+    if not isinstance(call.get("function"), Mapping):
         return call
     function = dict(call["function"])
     if isinstance(function.get("arguments"), str):

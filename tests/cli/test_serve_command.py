@@ -130,6 +130,15 @@ def test_a_wrong_command_line_is_told(
     assert words in capsys.readouterr().err
 
 
+def test_a_folder_that_is_no_model_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    assert run(["serve", str(tmp_path), "--port", "0"]) == ExitCode.MODEL
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "config.json" in line
+
+
 def test_a_template_may_be_written_on_the_command_line(parse: Any) -> None:
     assert parse("m", "--chat-template", "{{ x }}").server.chat_template == "{{ x }}"
 

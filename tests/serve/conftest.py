@@ -50,7 +50,7 @@ class ScriptedEngine:
     """An engine link that answers every request with the same tokens, at once.
 
     script: the tokens of the answer; the end-of-sequence token follows by itself.
-    frame_size: tokens in one message. fails_after: messages before the request fails.
+    endless: give the script and never end. frame_size: tokens in one message. fails_after: messages before the request fails.
     holds: take requests and answer nothing. dead: refuse them.
     """
 
@@ -59,6 +59,7 @@ class ScriptedEngine:
         self.frame_size = 1
         self.fails_after: int | None = None
         self.holds = False
+        self.endless = False
         self.dead = False
         self.added: list[AddRequest] = []
         self.aborted: list[str] = []
@@ -113,7 +114,7 @@ class ScriptedEngine:
                 yield RequestFailed(request.request_id, "The engine could not compute this.")
                 return
             reason = None
-            if number == len(frames):
+            if number == len(frames) and not self.endless:
                 reason = FinishReason.STOP if frame[-1] == EOS else FinishReason.LENGTH
                 self.running.discard(request.request_id)
             logprobs: tuple[TokenLogprobs, ...] = ()

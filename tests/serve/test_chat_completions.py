@@ -169,11 +169,16 @@ def test_a_stop_string_ends_the_text_wherever_tokens_and_frames_end(
     assert (found, choice["finish_reason"], choice["stop_reason"]) == (text, "stop", reason)
 
 
-def test_a_stop_string_aborts_the_request(client: Any) -> None:
-    client.engine.holds = False
-    usage = client.chat(stop="Par", ignore_eos=True).json()["usage"]
-    assert usage["completion_tokens"] == 2  # "P", "ari": what came after does not count
-    assert client.engine.running == set()
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_work_of_the_engine(client: Any, stream: bool) -> None:
+    client.engine.endless = True
+    assert client.chat(stop="Par", n=2, stream=stream).status_code == 200
+    assert len(client.engine.aborted) == 2 and client.engine.running == set()
+
+
+def test_tokens_after_a_stop_string_do_not_count(client: Any) -> None:
+    usage = client.chat(stop="Par").json()["usage"]
+    assert usage["completion_tokens"] == 2  # "P", "ari"
 
 
 def test_stop_strings_within_min_tokens_do_not_count(client: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 INT64_MAX = 2**63 - 1
 OUT_OF_RANGE: list[tuple[str, Any, str]] = [
@@ -268,3 +270,54 @@ def test_logprobs_of_a_completion_is_a_number_not_a_boolean(client: Any, message
 def test_top_logprobs_needs_logprobs(client: Any, message_of: Any) -> None:
     message_of(client.chat(top_logprobs=2), 400, "top_logprobs")
     assert "[int_type]" in message_of(client.chat(top_logprobs="2"), 400, "top_logprobs")
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | FINITE | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "tool"]) | JSON_VALUES},
+        optional={
+            "content": JSON_VALUES | st.just([{"type": "text", "text": "a"}]),
+            "tool_calls": JSON_VALUES | st.just([{"function": {"name": "f", "arguments": "{}"}}]),
+            "reasoning_content": JSON_VALUES,
+            "name": JSON_VALUES,
+        },
+    ),
+    min_size=1,
+    max_size=3,
+)
+NAMES = sorted(
+    {name for name, *_ in [*OUT_OF_RANGE, *REFUSED, *HARMLESS]}
+    | {"messages", "prompt", "logprobs", "top_logprobs", "echo", "stream_options", "documents"}
+    | {"chat_template_kwargs", "continue_final_message", "max_completion_tokens", "request_id"}
+    | {"reasoning_effort", "skip_special_tokens", "return_token_ids", "add_special_tokens"}
+)
+
+
+@given(
+    route=st.sampled_from(["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"]),
+    fields=st.dictionaries(st.sampled_from(NAMES), JSON_VALUES, max_size=4),
+    base=st.sampled_from([{}, {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}]),
+)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_body_is_too_strange(
+    client: Any, route: str, fields: dict[str, Any], base: dict[str, Any]
+) -> None:
+    assert client.post(route, base | fields).status_code in (200, 400, 404)
+    assert client.engine.running == set()
+
+
+@given(messages=MESSAGES)
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_message_is_too_strange(client: Any, messages: list[Any]) -> None:
+    for route in ("/v1/chat/completions", "/tokenize"):
+        assert client.post(route, {"messages": messages}).status_code in (200, 400)

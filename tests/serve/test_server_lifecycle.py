@@ -26,17 +26,17 @@ def long_llama(make_tiny_llama: Any) -> str:
 class Reader:
     """Reads a stream in a thread, as a client of its own."""
 
-    def __init__(self, url: str, **fields: Any) -> None:
+    def __init__(self, client: httpx.Client, **fields: Any) -> None:
         self.body = {"prompt": "The", "ignore_eos": True, "stream": True} | fields
         self.events: list[dict[str, Any]] = []
         self.started = threading.Event()
         self.done = False
-        self.thread = threading.Thread(target=self._read, args=(url,), daemon=True)
+        self.thread = threading.Thread(target=self._read, args=(client,), daemon=True)
         self.thread.start()
         assert self.started.wait(30)
 
-    def _read(self, url: str) -> None:
-        with httpx.stream("POST", f"{url}/v1/completions", json=self.body, timeout=30) as response:
+    def _read(self, client: httpx.Client) -> None:
+        with client.stream("POST", "/v1/completions", json=self.body) as response:
             for line in response.iter_lines():
                 self.started.set()
                 if line == "data: [DONE]":
@@ -55,35 +55,25 @@ def test_sigterm_lets_running_requests_finish_and_a_second_one_does_not(
 ) -> None:
     with start_server(long_llama, "--port", "0", "--threads", "1") as server:
         server.wait_until_ready()
-        short = Reader(server.url, max_tokens=400)
-        endless = Reader(server.url, max_tokens=32000)
-        server.signal(signal.SIGTERM)
-        wait_for_status(f"{server.url}/health", 503)
-        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"})
-        assert refused.status_code == 503 and "retry-after" in refused.headers
-        last = short.finish()[-1]
-        assert last["choices"][0]["finish_reason"] == "length"
-        assert server.process.poll() is None  # the endless one still runs
-        server.signal(signal.SIGTERM)
-        last = endless.finish()[-1]
-        assert last["error"]["code"] == 503
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            short = Reader(client, max_tokens=400)
+            endless = Reader(client, max_tokens=32000)
+            server.signal(signal.SIGTERM)
+            wait_for_status(client, "/health", 503)
+            refused = client.post("/v1/completions", json={"prompt": "a"})
+            assert refused.status_code == 503 and "retry-after" in refused.headers
+            last = short.finish()[-1]
+            assert last["choices"][0]["finish_reason"] == "length"
+            assert server.process.poll() is None  # the endless one still runs
+            server.signal(signal.SIGTERM)
+            assert endless.finish()[-1]["error"]["code"] == 503
         assert server.wait(10) == 0
         assert "Traceback" not in "".join(server.log)
 
 
-def test_the_shutdown_timeout_bounds_the_wait(start_server: Any, long_llama: str) -> None:
-    options = ["--port", "0", "--threads", "1", "--shutdown-timeout", "0.2"]
-    with start_server(long_llama, *options) as server:
-        server.wait_until_ready()
-        endless = Reader(server.url, max_tokens=32000)
-        server.signal(signal.SIGINT)
-        assert endless.finish()[-1]["error"]["code"] == 503
-        assert server.wait(10) == 0
-
-
-def wait_for_status(url: str, status: int) -> None:
+def wait_for_status(client: httpx.Client, path: str, status: int) -> None:
     deadline_s = time.monotonic() + 5
-    while httpx.get(url).status_code != status:
+    while client.get(path).status_code != status:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
@@ -99,30 +89,28 @@ def test_a_port_in_use_is_told_in_one_line(start_server: Any, tiny_llama: Path) 
     assert re.fullmatch(rf"error: 127.0.0.1 port {port} is in use .*--port\n", line)
 
 
-def test_a_unix_socket_with_a_key_from_the_environment(
-    start_server: Any, tiny_llama: Path, tmp_path: Path
+def test_a_unix_socket_with_keys_of_the_environment_and_a_bounded_shutdown(
+    start_server: Any, long_llama: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "api.sock"
-    environment = {"QSERVE_API_KEY": "one two"}
-    options = ["--uds", str(path), "--tensor-parallel-size", "2", "--max_model_len=0.25K"]
-    with start_server(str(tiny_llama), *options, environment=environment) as server:
+    options = ["--uds", str(path), "--threads", "1", "--shutdown-timeout", "0.2"]
+    options += ["--tensor-parallel-size", "2", "--max_model_len=16K"]
+    transport = httpx.HTTPTransport(uds=str(path))
+    with (
+        start_server(long_llama, *options, environment={"QSERVE_API_KEY": "one two"}) as server,
+        httpx.Client(transport=transport, base_url="http://localhost", timeout=30) as client,
+    ):
         server.wait_until_ready()
         assert server.url == f"unix:{path}"
-        transport = httpx.HTTPTransport(uds=str(path))
-        with httpx.Client(transport=transport, base_url="http://localhost") as client:
-            assert client.get("/health").status_code == 200
-            assert client.get("/v1/models").status_code == 401
-            response = client.get("/v1/models", headers={"Authorization": "Bearer two"})
-        assert response.json()["data"][0]["max_model_len"] == 256
-        server.signal()
+        assert client.get("/health").status_code == 200
+        assert client.get("/v1/models").status_code == 401
+        client.headers["Authorization"] = "Bearer two"
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 2**14
+        endless = Reader(client, max_tokens=16000)
+        server.signal(signal.SIGINT)
+        assert endless.finish()[-1]["error"]["code"] == 503
         assert server.wait(10) == 0
     assert not path.exists()
     assert any(
         "--tensor-parallel-size is accepted and has no effect" in line for line in server.log
     )
-
-
-def test_a_folder_that_is_no_model_is_told_in_one_line(start_server: Any, tmp_path: Path) -> None:
-    with start_server(str(tmp_path), "--port", "0") as server:
-        assert server.wait(30) == 3
-    assert "config.json" in server.log[-1] and "Traceback" not in "".join(server.log)
