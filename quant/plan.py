@@ -71,7 +71,7 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
             )
     if not included:
         raise OptionError("no linear layer is left to quantize: ignore fewer of them")
-    widths = {block.linear(name).in_features: name for s in included for name in s.linears}
+    widths = {name: block.linear(name).in_features for s in included for name in s.linears}
     return Plan(_group_size(options.group_size, widths), tuple(skipped))
 
 
@@ -96,15 +96,15 @@ def _follows(reasons: dict[str, str]) -> str:
     return f"runs fused with {', '.join(reasons)}, which stays in 16 bits"
 
 
-def _group_size(asked: int | None, widths: dict[int, str]) -> int:
-    """The group size for layers with these numbers of inputs (each with the name of one layer)."""
-    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+def _group_size(asked: int | None, widths: dict[str, int]) -> int:
+    """The group size for layers with these numbers of inputs."""
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths.values())]
     if asked is None:
         return fitting[0]
     if asked not in fitting:
-        width, name = next((w, n) for w, n in widths.items() if w % asked)
+        misfits = [f"{name} ({width})" for name, width in widths.items() if width % asked]
         raise OptionError(
-            f"groups of {asked} do not divide the {width} inputs of {name}: use a group size of "
-            f"{' or '.join(map(str, fitting))}"
+            f"groups of {asked} do not divide the inputs of {', '.join(misfits)}: use a group size "
+            f"of {' or '.join(map(str, fitting))}"
         )
     return asked

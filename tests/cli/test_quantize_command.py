@@ -100,7 +100,7 @@ OPTIONS = {
     "group size that does not divide": (
         ("--group-size", "128"),
         ExitCode.USAGE,
-        "do not divide the 64 inputs of .*use a group size of 64 or 32",
+        r"inputs of self_attn.q_proj \(64\), .*mlp.up_proj \(64\): use a group size of 64 or 32",
     ),
     "samples": (("--samples", "0"), ExitCode.USAGE, "0 is not in the range x>=1"),
     "seq len": (("--seq-len", "1"), ExitCode.USAGE, "1 is not in the range x>=2"),
