@@ -33,7 +33,9 @@ def test_every_layer_is_quantized_in_the_largest_groups_that_fit(
 def test_a_group_size_that_does_not_divide_a_layer_is_refused_with_those_that_do(
     tiny_llama: Path,
 ) -> None:
-    with pytest.raises(OptionError, match=r"groups of 128 .* inputs of .*q_proj \(64\).*use .* 64 or 32"):
+    with pytest.raises(
+        OptionError, match=r"groups of 128 .* inputs of .*q_proj \(64\).*use .* 64 or 32"
+    ):
         plan_for(tiny_llama, group_size=128)
 
 
