@@ -76,6 +76,15 @@ def isa() -> str:
     return str(extension().isa())
 
 
+def select_isa(name: str) -> None:
+    """Makes the native kernels use another instruction set from now on: weights are laid out the
+    same way for all of them.
+
+    Raises ``ValueError`` for one that is unknown or that this machine lacks.
+    """
+    extension().select_isa(name)
+
+
 def supported_isas() -> tuple[str, ...]:
     """The instruction sets that were built and that this machine has, best first."""
     return tuple(extension().supported_isas())

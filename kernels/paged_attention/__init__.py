@@ -60,9 +60,9 @@ def paged_attention(
 def _check_batch(
     block_tables: torch.Tensor, context_lens: torch.Tensor, cu_seqlens_q: torch.Tensor
 ) -> None:
-    num_sequences = context_lens.size(0)
+    num_sequences = context_lens.numel()
     if (
-        block_tables.dim() != 2
+        (block_tables.dim(), context_lens.dim(), cu_seqlens_q.dim()) != (2, 1, 1)
         or block_tables.size(0) != num_sequences
         or cu_seqlens_q.size(0) != num_sequences + 1
     ):

@@ -32,8 +32,8 @@ def rms_norm(
     out = check_output(x, width, out)
     if residual is not None:
         check_output(x, width, residual)
-    if weight.dim() != 1 or weight.size(0) != width:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [{width}]")
+    if weight.dim() != 1 or weight.size(0) != width or not weight.is_contiguous():
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected contiguous [{width}]")
     if choose("rms_norm", x.device).backend is Backend.CPU:
         cpu.rms_norm(x, weight, eps, residual, out)
     else:

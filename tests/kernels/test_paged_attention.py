@@ -1,0 +1,244 @@
+"""Paged attention: native kernels of every instruction set against the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from qserve.kernels import native
+from qserve.kernels.kv_cache import LayerCache
+from qserve.kernels.paged_attention import paged_attention, reference
+
+# Scores are sums of head_dim products below ~30, exponentials are good to 2e-7, and a result is a
+# mean of values of size 1: 1e-5 is some ten times what was ever seen, and a hundredth of what one
+# wrong position out of 500 changes.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Arguments of one call, and how it was made."""
+
+    q: torch.Tensor
+    kv: LayerCache
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    scale: float
+
+    def attend(self) -> torch.Tensor:
+        return paged_attention(
+            self.q,
+            self.kv,
+            self.block_tables,
+            self.context_lens,
+            self.cu_seqlens_q,
+            scale=self.scale,
+        )
+
+    def attend_by_definition(self) -> torch.Tensor:
+        out = torch.full_like(self.q, torch.nan)
+        reference.paged_attention(
+            self.q,
+            self.kv,
+            self.block_tables,
+            self.context_lens,
+            self.cu_seqlens_q,
+            self.scale,
+            out,
+        )
+        return out
+
+    def row_alone(self, sequence: int, row: int) -> Batch:
+        """The same row as a decode step: only the positions it sees, nothing beside it."""
+        start, stop = self.cu_seqlens_q[sequence : sequence + 2].tolist()
+        seen = int(self.context_lens[sequence]) - (stop - start) + row + 1
+        return Batch(
+            q=self.q[start + row : start + row + 1],
+            kv=self.kv,
+            block_tables=self.block_tables[sequence : sequence + 1],
+            context_lens=torch.tensor([seen], dtype=torch.int32),
+            cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+            scale=self.scale,
+        )
+
+
+MakeBatch = Callable[..., Batch]
+
+
+@pytest.fixture
+def make_batch(generator: torch.Generator) -> MakeBatch:
+    """Makes a batch of (queries, context) pairs over shuffled blocks; what is unused holds NaN."""
+
+    def make(
+        sequences: list[tuple[int, int]],
+        heads: tuple[int, int] = (4, 2),
+        head_dim: int = 32,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float16,
+    ) -> Batch:
+        num_heads, num_kv_heads = heads
+        counts = [-(-context // block_size) for _, context in sequences]
+        shape = (sum(counts) + 2, num_kv_heads, block_size, head_dim)
+        order = torch.randperm(shape[0], generator=generator).int()
+        tables = torch.full((len(sequences), max(counts)), -1, dtype=torch.int32)
+        k, v = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        first = 0
+        for index, (_, context) in enumerate(sequences):
+            blocks = order[first : first + counts[index]]
+            first += counts[index]
+            tables[index, : len(blocks)] = blocks
+            for position in range(context):
+                slot = (int(blocks[position // block_size]), slice(None), position % block_size)
+                k[slot] = torch.randn(num_kv_heads, head_dim, generator=generator)
+                v[slot] = torch.randn(num_kv_heads, head_dim, generator=generator)
+        starts = torch.tensor([0, *(rows for rows, _ in sequences)]).cumsum(0).int()
+        width = num_heads * head_dim
+        qkv = torch.randn(int(starts[-1]), width + 24, generator=generator)
+        return Batch(
+            q=qkv[:, :width],  # rows lie apart, as they do in qkv
+            kv=LayerCache(k.to(dtype), v.to(dtype)),
+            block_tables=tables,
+            context_lens=torch.tensor([context for _, context in sequences], dtype=torch.int32),
+            cu_seqlens_q=starts,
+            scale=head_dim**-0.5,
+        )
+
+    return make
+
+
+# One query each, one position, either side of a block and of a split of 128, whole prompts, chunks
+# of a longer one, a sequence that has no query in this step.
+RAGGED = [(1, 1), (1, 16), (1, 17), (5, 5), (3, 130), (1, 129), (0, 4), (40, 300), (1, 260)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("isa")
+def test_a_ragged_batch_agrees_with_the_definition(
+    dtype: torch.dtype, make_batch: MakeBatch
+) -> None:
+    batch = make_batch(RAGGED, dtype=dtype)
+    difference = batch.attend() - batch.attend_by_definition()
+    assert difference.abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (5, 1), (8, 2), (9, 3)], ids=str)
+@pytest.mark.parametrize(("head_dim", "block_size"), [(16, 16), (64, 8), (80, 1), (128, 64)])
+@pytest.mark.usefixtures("isa")
+def test_every_head_width_and_block_size_agrees_with_the_definition(
+    heads: tuple[int, int], head_dim: int, block_size: int, make_batch: MakeBatch
+) -> None:
+    batch = make_batch([(1, 140), (9, 20)], heads, head_dim, block_size)
+    difference = batch.attend() - batch.attend_by_definition()
+    assert difference.abs().max() < TOLERANCE
+
+
+@pytest.mark.usefixtures("isa")
+def test_a_row_has_the_same_bits_alone_and_in_a_chunk(make_batch: MakeBatch) -> None:
+    batch = make_batch(RAGGED)
+    together = batch.attend()
+    for sequence, (rows, _) in enumerate(RAGGED):
+        for row in range(rows):
+            alone = batch.row_alone(sequence, row).attend()
+            assert torch.equal(alone[0], together[int(batch.cu_seqlens_q[sequence]) + row])
+
+
+@pytest.mark.usefixtures("isa", "restored_threads")
+def test_the_number_of_threads_does_not_change_a_bit(make_batch: MakeBatch) -> None:
+    batch = make_batch([(1, 900), (1, 3), (70, 200)])
+    results = []
+    for threads in (1, 2, 3):
+        native.set_num_threads(threads)
+        results.append(batch.attend())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.usefixtures("isa")
+def test_one_position_too_few_exceeds_the_tolerance(make_batch: MakeBatch) -> None:
+    batch = make_batch([(1, 500)])
+    shorter = batch.row_alone(0, 0)
+    shorter.context_lens.fill_(499)
+    assert (batch.attend() - shorter.attend()).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.usefixtures("isa")
+def test_large_scores_do_not_overflow(make_batch: MakeBatch) -> None:
+    batch = make_batch([(1, 200), (6, 150)])
+    batch.q.mul_(1000)
+    result = batch.attend()
+    assert result.isfinite().all()
+    # Scores of some thousands carry errors of some 1e-4, and so do their exponentials.
+    assert (result - batch.attend_by_definition()).abs().max() < 5e-3
+
+
+def test_odd_head_widths_run_on_the_reference(make_batch: MakeBatch) -> None:
+    batch = make_batch([(1, 20), (3, 9)], head_dim=20)
+    assert torch.equal(batch.attend(), batch.attend_by_definition())
+
+
+def test_an_output_that_is_given_is_written_and_returned(make_batch: MakeBatch) -> None:
+    batch = make_batch([(2, 9)])
+    out = torch.zeros(2, 128)
+    result = paged_attention(
+        batch.q,
+        batch.kv,
+        batch.block_tables,
+        batch.context_lens,
+        batch.cu_seqlens_q,
+        scale=batch.scale,
+        out=out,
+    )
+    assert result is out and torch.equal(out, batch.attend())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("block_tables", [[0, 1], [2, 99]]),
+        ("block_tables", [[0, 1], [2, -1]]),
+        ("block_tables", [[0], [2]]),
+        ("context_lens", [2, 20]),
+        ("context_lens", [20, 200]),
+        ("cu_seqlens_q", [0, 3, 2]),
+        ("cu_seqlens_q", [0, 3, 5]),
+        ("cu_seqlens_q", [1, 3, 4]),
+        ("cu_seqlens_q", [0, 4]),
+    ],
+)
+@pytest.mark.usefixtures("isa")
+def test_a_batch_that_points_outside_is_refused(
+    name: str, value: list[int], make_batch: MakeBatch
+) -> None:
+    batch = make_batch([(3, 20), (1, 20)])
+    arguments = {field: getattr(batch, field) for field in Batch.__slots__}
+    arguments[name] = torch.tensor(value, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"block|cu_seqlens_q|positions"):
+        Batch(**arguments).attend()
+
+
+@pytest.mark.parametrize(
+    ("name", "convert", "error"),
+    [
+        ("context_lens", lambda t: t.long(), TypeError),
+        ("block_tables", lambda t: t.T.contiguous().T, ValueError),
+        ("context_lens", lambda t: t[:, None], ValueError),
+        ("q", lambda t: t.half(), TypeError),
+        ("q", lambda t: t[:, :100], ValueError),
+        ("q", lambda t: t[0], ValueError),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    name: str,
+    convert: Callable[[torch.Tensor], torch.Tensor],
+    error: type[Exception],
+    make_batch: MakeBatch,
+) -> None:
+    batch = make_batch([(3, 20), (1, 20)])
+    arguments = {field: getattr(batch, field) for field in Batch.__slots__}
+    arguments[name] = convert(arguments[name])
+    with pytest.raises(error):
+        Batch(**arguments).attend()

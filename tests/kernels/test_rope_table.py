@@ -1,0 +1,47 @@
+"""Rotary angles, compared with those of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, RopeScaling, rope_table
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "scaling"),
+    [
+        ({"rope_type": "default"}, None),
+        ({"rope_type": "linear", "factor": 4.0}, LinearScaling(4.0)),
+        ({"rope_type": "llama3", **LLAMA3}, Llama3Scaling(8.0, 1.0, 4.0, 256)),
+    ],
+    ids=["default", "linear", "llama3"],
+)
+def test_the_table_has_the_angles_of_transformers(
+    parameters: dict[str, float], scaling: RopeScaling | None
+) -> None:
+    config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_theta": 10000.0, **parameters},
+    )
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(700)[None])
+    table = rope_table(64, 700, 10000.0, scaling)
+    # Angles reach 700, where float32 numbers lie 6e-5 apart.
+    assert torch.allclose(table[:, :32], cos[0, :, :32], rtol=0, atol=1e-4)
+    assert torch.allclose(table[:, 32:], sin[0, :, :32], rtol=0, atol=1e-4)
+
+
+def test_an_odd_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="even"):
+        rope_table(33, 10, 10000.0)
