@@ -16,6 +16,7 @@ import torch
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table
+from qserve.cli.quantities import format_bytes
 from qserve.kernels import backend, native
 
 PACKAGES = ("qserve-llm", "torch", "triton", "transformers", "tokenizers", "safetensors", "uvicorn")
@@ -145,7 +146,7 @@ def _plain(name: str, value: Any) -> str:
     if value is None:
         return "not there"
     if name.endswith("_bytes"):
-        return f"{value / 2**30:.1f} GiB"
+        return format_bytes(value)
     if isinstance(value, list):
         return ", ".join(value) or "none"
     if isinstance(value, bool):

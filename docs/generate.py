@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import click
 from qserve.cli.errors import ExitCode
 from qserve.cli.main import COMMANDS, PROGRAM, cli
 
-REFERENCE = Path(__file__).resolve().parent / "reference"
+DOCS = Path(__file__).resolve().parent
+REFERENCE = DOCS / "reference"
+BENCHMARKS = DOCS / "benchmarks"
+STAMP = ("date", "commit")  # the columns that the rows of one run share
 WIDTH = 100  # so that the pages do not depend on who runs this
 
 
@@ -46,7 +50,30 @@ def _exit_codes() -> str:
     return "\n".join(["| code | name | means |", "|---:|---|---|", *rows])
 
 
-PAGES = {"cli.md": command_line}
+def benchmarks() -> str:
+    """The page about measurements: the last run in each table of docs/benchmarks."""
+    parts = [
+        "# Benchmarks",
+        "Written by `make docs`: the last run in each table of docs/benchmarks. `make bench` adds one.",
+    ]
+    parts += [_last_run(table) for table in sorted(BENCHMARKS.glob("*.csv"))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _last_run(table: Path) -> str:
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    run = [rows[-1].get(column) for column in STAMP]
+    shown = [row for row in rows if [row.get(column) for column in STAMP] == run]
+    columns = [column for column in rows[0] if column not in STAMP]
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(row[column] or "" for column in columns) for row in shown]
+    date, commit = run
+    title = table.stem.replace("_", " ").capitalize()
+    return "\n".join([f"## {title}", "", f"{date}, {commit}.", "", *(f"| {x} |" for x in lines)])
+
+
+PAGES = {"cli.md": command_line, "benchmarks.md": benchmarks}
 
 
 def main() -> int:
@@ -57,7 +84,7 @@ def main() -> int:
         text = render()
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
-            print(f"wrote {path.relative_to(REFERENCE.parent.parent)}")
+            print(f"wrote {path.relative_to(DOCS.parent)}")
     return 0
 
 
