@@ -54,7 +54,7 @@ def benchmarks() -> str:
     """The page about measurements: the last run in each table of docs/benchmarks."""
     parts = [
         "# Benchmarks",
-        "Written by `make docs`: the last run in each table of docs/benchmarks. `make bench` adds one.",
+        "Written by `make docs`: the last run in each table of docs/benchmarks.",
     ]
     parts += [_last_run(table) for table in sorted(BENCHMARKS.glob("*.csv"))]
     return "\n\n".join(parts) + "\n"
