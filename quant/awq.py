@@ -20,25 +20,28 @@ import torch
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.architecture import Stage
 from qserve.quant.block_result import BlockResult
-from qserve.quant.clipping import search_grid
+from qserve.quant.codes import choose_codes
 from qserve.quant.decoder import Block, ScratchMemory
 from qserve.quant.errors import CheckpointError
 from qserve.quant.folding import fold_, settle_, sharing_of
 from qserve.quant.grid import (
     clipped_weights,
     grid_over_all,
-    nearest_levels,
     rounding_difference,
     split_rows,
-    to_grouped_weight,
 )
 from qserve.quant.objective import GramMatrix, output_errors
+from qserve.quant.options import QuantizeOptions, Rounding
 from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport, ScaleReport
 from qserve.quant.scaling import ScaleChoice, ScaleSearch
 
 NUM_TRANSFORM_WINDOWS = 8
 """Windows, of those given, that choose the scales: two exponents need little data."""
+
+MIN_TOKENS_PER_INPUT = 4
+"""Calibration tokens for each input of a layer that error feedback needs: it uses all of the Gram
+matrix, and with fewer tokens it would learn the text by heart. Range and scale need far less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +64,11 @@ class AwqQuantizer:
     quantized model has after the last one.
     """
 
-    def __init__(self, hidden: torch.Tensor, plan: Plan, bits: int) -> None:
+    def __init__(self, hidden: torch.Tensor, plan: Plan, options: QuantizeOptions) -> None:
         self._hidden = hidden
         self._plan = plan
-        self._bits = bits
+        self._bits = options.bits
+        self._rounding = options.rounding
         self._scratch = ScratchMemory()
         self._stride = max(1, hidden.shape[0] // NUM_TRANSFORM_WINDOWS)
 
@@ -113,7 +117,8 @@ class AwqQuantizer:
         """Replace the weights of a stage by what their codes stand for."""
         linears = [block.linear(name) for name in stage.linears]
         weight = torch.cat([linear.weight for linear in linears])
-        quantized = quantize_weight(weight, gram, self._plan.group_size, self._bits)
+        rounding = self._rounding_for(len(gram))
+        quantized = choose_codes(weight, gram, self._plan.group_size, self._bits, rounding)
         rounded = quantized.dequantize()
         errors = output_errors(rounded - weight, gram)
         baseline = output_errors(self._unscaled_difference(weight, choice.scale), gram)
@@ -136,9 +141,16 @@ class AwqQuantizer:
                     error=float(errors[rows].sum()) / energy,
                     clipped_share=float(clipped[rows].float().mean()),
                     scale=_scale_report(choice),
+                    rounding=rounding.value,
                 )
             )
         return codes, reports
+
+    def _rounding_for(self, num_inputs: int) -> Rounding:
+        """The rounding that was asked for, unless there are too few tokens to learn it from."""
+        num_tokens = self._hidden.shape[0] * self._hidden.shape[1]
+        enough = num_tokens >= MIN_TOKENS_PER_INPUT * num_inputs
+        return self._rounding if enough else Rounding.NEAREST
 
     def _unscaled_difference(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """What rounding to nearest without a scale would do, in the scaled coordinates."""
@@ -150,15 +162,6 @@ class AwqQuantizer:
         difference = self._hidden[:: self._stride] - transformed.left
         added = transformed.left - transformed.entered
         return float(difference.square().sum() / added.square().sum())
-
-
-def quantize_weight(
-    weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits: int
-) -> GroupedWeight:
-    """Codes for a weight ``[N, K]`` with Gram matrix ``[K, K]``: range, then rounding."""
-    grid = search_grid(weight, gram, group_size, bits)
-    levels = nearest_levels(weight.unflatten(1, (-1, group_size)), grid)
-    return to_grouped_weight(levels, grid)
 
 
 def _gram_of(block: Block, stage: Stage, inputs: torch.Tensor) -> torch.Tensor:

@@ -35,12 +35,24 @@ class CalibrationSource(Enum):
     """Text that the model itself writes, sampled at temperature 1."""
 
 
+class Rounding(Enum):
+    """How AWQ picks a code for each weight once scales and ranges are known."""
+
+    NEAREST = "nearest"
+    """The nearest one, as in the paper."""
+
+    FEEDBACK = "feedback"
+    """What rounding one input does wrong is made up for by the inputs after it, then codes and
+    group scales are improved in turn (GPTQ, coordinate descent, refit): free at run time."""
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """One quantization run.
 
     group_size: inputs that share a scale; None takes the largest of 128, 64 and 32 that divides
         every layer.
+    rounding: of AWQ; RTN rounds to nearest.
     calibration: a UTF-8 text file, or one of the sources that need no file. RTN reads none.
     num_samples, seq_len: calibration windows and their length in tokens.
     ignore: regular expressions; a linear layer stays in 16 bits when one is found in its full name
@@ -55,6 +67,7 @@ class QuantizeOptions:
     method: Method = Method.AWQ
     bits: int = 4
     group_size: int | None = None
+    rounding: Rounding = Rounding.FEEDBACK
     calibration: Path | CalibrationSource = CalibrationSource.BUILT_IN
     num_samples: int = 32
     seq_len: int = 512

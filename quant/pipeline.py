@@ -108,7 +108,7 @@ class _Run:
         calibration = gather_calibration(self._decoder, self._options)
         hidden = as_stored(self._decoder.embed(calibration.token_ids))
         self._length = hidden.shape[1]
-        quantizer = AwqQuantizer(hidden, self._plan, self._options.bits)
+        quantizer = AwqQuantizer(hidden, self._plan, self._options)
         self._quantize_block = quantizer.quantize_block
         return calibration
 

@@ -35,6 +35,7 @@ class LayerReport:
         weights.
     clipped_share: share of the weights that lie beyond the range of their group.
     scale: None where none was searched.
+    rounding: ``nearest`` or ``feedback``; too little text for a wide layer leaves it at nearest.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerReport:
     error: float
     clipped_share: float
     scale: ScaleReport | None
+    rounding: str
 
 
 @dataclass(frozen=True, slots=True)

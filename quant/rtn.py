@@ -10,6 +10,7 @@ import torch
 from qserve.quant.block_result import BlockResult
 from qserve.quant.decoder import Block
 from qserve.quant.grid import grid_over_all, nearest_levels, to_grouped_weight
+from qserve.quant.options import Rounding
 from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport
 
@@ -39,6 +40,7 @@ def quantize_block(block: Block, plan: Plan, bits: int) -> BlockResult:
                     error=error,
                     clipped_share=0.0,
                     scale=None,
+                    rounding=Rounding.NEAREST.value,
                 )
             )
     return BlockResult(weights, tuple(layers), error=None)

@@ -12,15 +12,17 @@ from qserve.quant.awq import AwqQuantizer
 from qserve.quant.block_result import BlockResult
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import CheckpointError
-from qserve.quant.options import QuantizeOptions
+from qserve.quant.options import QuantizeOptions, Rounding
 from qserve.quant.plan import Plan, make_plan
 
 HiddenStates = Callable[[Decoder], torch.Tensor]
 
+OPTIONS = QuantizeOptions(group_size=32, rounding=Rounding.NEAREST)
+
 
 @pytest.fixture
 def plan(decoder: Decoder) -> Plan:
-    return make_plan(decoder, QuantizeOptions(group_size=32))
+    return make_plan(decoder, OPTIONS)
 
 
 def quantized_block(
@@ -28,7 +30,7 @@ def quantized_block(
 ) -> tuple[Block, BlockResult]:
     """A block after AWQ, and its codes. ``hidden`` becomes its output."""
     block = decoder.block(index, hidden.shape[1])
-    return block, AwqQuantizer(hidden, plan, 4).quantize_block(block)
+    return block, AwqQuantizer(hidden, plan, OPTIONS).quantize_block(block)
 
 
 def test_the_codes_stand_for_the_weights_that_later_layers_saw(
@@ -92,7 +94,7 @@ def test_later_blocks_are_calibrated_on_what_earlier_ones_became(
 ) -> None:
     hidden = hidden_states(decoder)
     chained = hidden.clone()
-    quantizer = AwqQuantizer(chained, plan, 4)
+    quantizer = AwqQuantizer(chained, plan, OPTIONS)
     first = decoder.block(0, hidden.shape[1])
     quantizer.quantize_block(first)
     second = quantizer.quantize_block(decoder.block(1, hidden.shape[1]))
@@ -134,4 +136,4 @@ def test_a_model_that_overflows_is_refused_with_the_layer(
     block = decoder.block(0, hidden.shape[1])
     block.linear("self_attn.o_proj").weight.fill_(1e38)
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate_proj receives infinite"):
-        AwqQuantizer(hidden, plan, 4).quantize_block(block)
+        AwqQuantizer(hidden, plan, OPTIONS).quantize_block(block)

@@ -115,7 +115,7 @@ def test_packed_weights_are_those_the_model_was_calibrated_with_bit_for_bit(
     calibration = gather_calibration(decoder, tiny_options)
     hidden = as_stored(decoder.embed(calibration.token_ids))
     stored_hidden = written.embed(calibration.token_ids)
-    quantizer = AwqQuantizer(hidden, make_plan(decoder, tiny_options), 4)
+    quantizer = AwqQuantizer(hidden, make_plan(decoder, tiny_options), tiny_options)
     for index in range(decoder.num_blocks):
         block = decoder.block(index, tiny_options.seq_len)
         quantizer.quantize_block(block)

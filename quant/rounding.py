@@ -1,0 +1,131 @@
+"""The rounding step: which code each weight gets, once the grid of its group is fixed.
+
+All functions take a weight W ``[N, K]``, the Gram matrix H ``[K, K]`` of its inputs and a grid
+``[N, G]``, and give levels ``[N, G, group_size]`` that make ``tr((V - W) H (V - W)^T)`` small. The
+columns are visited by falling ``diag(H)``, the inputs that matter most first; as the grid is fixed
+beforehand, the order leaves no trace in what is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qserve.quant.grid import Grid
+
+DAMPING = 0.01
+"""Share of the mean diagonal added to H: the text never shows the whole truth about the inputs."""
+
+COLUMNS_AT_ONCE = 64
+"""Columns whose effect on the later ones is applied in one matrix product."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """A weight in the order of the visit, one column a row, so that a column is contiguous.
+
+    weight ``[K, N]``, gram ``[K, K]`` (damped), order ``[K]``; scales, lowest and highest level of
+    each group ``[G, N]``; groups: the group of each column visited.
+    """
+
+    weight: torch.Tensor
+    gram: torch.Tensor
+    order: torch.Tensor
+    scales: torch.Tensor
+    lowest: torch.Tensor
+    highest: torch.Tensor
+    groups: list[int]
+
+    def nearest_(self, values: torch.Tensor, column: int, out: torch.Tensor) -> torch.Tensor:
+        """The nearest levels of the values ``[N]`` of one column."""
+        group = self.groups[column]
+        torch.div(values, self.scales[group], out=out).round_()
+        torch.maximum(out, self.lowest[group], out=out)
+        torch.minimum(out, self.highest[group], out=out)
+        return out
+
+    def scale_of(self, column: int) -> torch.Tensor:
+        scale: torch.Tensor = self.scales[self.groups[column]]
+        return scale
+
+    def all_scales(self) -> torch.Tensor:
+        """The scale of every element, ``[K, N]``."""
+        return self.scales.index_select(0, torch.tensor(self.groups))
+
+    def restore(self, levels: torch.Tensor) -> torch.Tensor:
+        """Levels ``[K, N]`` in the order of the visit as ``[N, G, group_size]``."""
+        natural = torch.empty_like(levels)
+        natural[self.order] = levels
+        return natural.T.unflatten(1, (self.scales.shape[0], -1)).contiguous()
+
+
+def _in_visiting_order(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> _Columns:
+    diagonal = gram.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    damped = gram[order][:, order]
+    damped.diagonal().add_(DAMPING * diagonal.mean())
+    lowest = -grid.zero_points.T.contiguous()
+    return _Columns(
+        weight=weight.T[order].contiguous(),
+        gram=damped,
+        order=order,
+        scales=grid.scales.T.contiguous(),
+        lowest=lowest,
+        highest=lowest + grid.max_code,
+        groups=(order // (weight.shape[1] // grid.scales.shape[1])).tolist(),
+    )
+
+
+def feed_errors_back(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Levels found column by column, the error of each taken up by the columns still to come.
+
+    (GPTQ, Frantar et al. 2022, algorithm 1, with the groups fixed beforehand.)
+    """
+    columns = _in_visiting_order(weight, gram, grid)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(columns.gram))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    pivots = factor.diagonal().tolist()
+    remaining = columns.weight
+    num_columns, num_rows = remaining.shape
+    levels = torch.empty_like(remaining)
+    errors = torch.empty(COLUMNS_AT_ONCE, num_rows)
+    for start in range(0, num_columns, COLUMNS_AT_ONCE):
+        end = min(start + COLUMNS_AT_ONCE, num_columns)
+        for i in range(start, end):
+            level = columns.nearest_(remaining[i], i, out=levels[i])
+            error = torch.mul(level, columns.scale_of(i), out=errors[i - start])
+            torch.sub(remaining[i], error, out=error).div_(pivots[i])
+            remaining[i + 1 : end].addcmul_(factor[i, i + 1 : end, None], error, value=-1)
+        remaining[end:].addmm_(factor[start:end, end:].T, errors[: end - start], alpha=-1)
+    return columns.restore(levels)
+
+
+def descend(
+    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, levels: torch.Tensor, num_passes: int
+) -> torch.Tensor:
+    """Levels improved by coordinate descent: each column to its best level given all the others.
+
+    No pass makes the (damped) error larger.
+    """
+    columns = _in_visiting_order(weight, gram, grid)
+    current = (levels * grid.scales[..., None]).flatten(1).T[columns.order].contiguous()
+    gradient = columns.gram @ (current - columns.weight)  # half of it, [K, N]
+    diagonal = columns.gram.diagonal().tolist()
+    num_columns, num_rows = current.shape
+    level = torch.empty(num_rows)
+    changes = torch.empty(COLUMNS_AT_ONCE, num_rows)
+    for _ in range(num_passes):
+        for start in range(0, num_columns, COLUMNS_AT_ONCE):
+            end = min(start + COLUMNS_AT_ONCE, num_columns)
+            # Within the piece gradients are kept up to date one by one, outside it at its end.
+            local = gradient[start:end].clone()
+            for i in range(start, end):
+                target = torch.sub(current[i], local[i - start], alpha=1 / diagonal[i])
+                columns.nearest_(target, i, out=level).mul_(columns.scale_of(i))
+                change = torch.sub(level, current[i], out=changes[i - start])
+                current[i].copy_(level)
+                following = columns.gram[i, i + 1 : end, None]
+                local[i + 1 - start :].addcmul_(following, change)
+            gradient.addmm_(columns.gram[:, start:end], changes[: end - start])
+    return columns.restore((current / columns.all_scales()).round_())
