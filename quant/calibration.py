@@ -14,6 +14,7 @@ from qserve.quant.calibration_text import texts
 from qserve.quant.decoder import Decoder
 from qserve.quant.errors import CalibrationError
 from qserve.quant.options import CalibrationSource, QuantizeOptions
+from qserve.quant.silence import silenced
 from qserve.quant.windows import read_text, spread_windows, tokenize
 
 SEQUENCES_AT_ONCE = 16
@@ -65,10 +66,11 @@ def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
     The whole model is in memory for this, in the type of the checkpoint.
     (LLM-QAT, Liu et al. 2023, section 3.1: a model's own text covers what it has learned.)
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        decoder.checkpoint.folder, local_files_only=True, dtype="auto"
-    ).eval()
-    with torch.random.fork_rng(devices=()):
+    with silenced():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            decoder.checkpoint.folder, local_files_only=True, dtype="auto"
+        ).eval()
+    with torch.random.fork_rng(devices=()), silenced():
         torch.manual_seed(options.seed)
         first = torch.randint(decoder.config.vocab_size, (options.num_samples, 1))
         batches = [

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import mmap
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging
 
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.output import publish
+from qserve.quant.silence import silenced
 
 MAGIC = b"GGUF"
 HASH_DIGITS = 16  # 64 bits: no two files that one person owns will meet
@@ -38,7 +35,7 @@ def import_gguf(path: Path, cache: Path, notice: Callable[[str], None]) -> Path:
     if not (folder / "config.json").is_file():
         _refuse_scaled_rope(path)
         notice(f"importing {path.name} as bfloat16 to {folder} (once)")
-        with publish(folder) as partial, _quiet():
+        with publish(folder) as partial, silenced():
             model, tokenizer = _read(path)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
@@ -84,19 +81,3 @@ def _read(path: Path) -> tuple[Any, Any]:
             "truncated, damaged or of a kind that transformers does not know"
         ) from error
     return model, tokenizer
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no remarks from transformers on stderr, which belongs to the command."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

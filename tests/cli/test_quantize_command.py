@@ -67,6 +67,9 @@ def test_self_written_calibration_is_possible(
 ) -> None:
     done = qserve("quantize", tiny_llama, "-o", out, "--calibration", "self", *FEW, "--json")
     assert json.loads(done.out)["calibration"]["source"] == "self"
+    groups, time = done.err.splitlines()  # and nothing from transformers
+    assert groups.startswith("groups of 64")
+    assert time.startswith("quantizing: ")
 
 
 def test_ignored_layers_stay_in_16_bits(
