@@ -41,7 +41,7 @@ def plan_kv_cache(model: LlamaConfig, config: EngineConfig, free_bytes: int) -> 
         )
     max_model_len = asked or model.max_positions
     block_bytes = bytes_per_token(model, config) * config.block_size
-    budget = config.kv_cache_bytes or int(free_bytes * SHARE_OF_FREE_MEMORY)
+    budget = config.kv_cache_bytes or max(0, int(free_bytes * SHARE_OF_FREE_MEMORY))
     affordable = budget // block_bytes
     per_request = -(-max_model_len // config.block_size)
     if affordable < per_request:

@@ -120,6 +120,7 @@ def tiny_awq(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         {"attention_bias": True, "mlp_bias": True},
         {"num_key_value_heads": 4, "head_dim": 32},
         {"num_key_value_heads": 1},
+        {"head_dim": 8},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
         {
             "rope_parameters": {
@@ -132,7 +133,16 @@ def tiny_awq(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             }
         },
     ],
-    ids=["plain", "tied", "bias", "multi-head", "multi-query", "linear-rope", "llama3-rope"],
+    ids=[
+        "plain",
+        "tied",
+        "bias",
+        "multi-head",
+        "multi-query",
+        "narrow",
+        "linear-rope",
+        "llama3-rope",
+    ],
 )
 def test_a_16_bit_model_gives_the_tokens_of_transformers(
     make_tiny_llama: MakeLlama, variant: dict[str, Any]

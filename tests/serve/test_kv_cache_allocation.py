@@ -77,9 +77,10 @@ def test_a_context_that_was_not_asked_for_is_lowered_to_what_fits() -> None:
     assert plan == KVCachePlan(num_blocks=20, block_size=16, max_model_len=320)
 
 
-def test_no_memory_at_all_is_refused() -> None:
-    with pytest.raises(KVCacheTooSmall):
-        plan_kv_cache(MODEL, CONFIG, free_bytes=100)
+@pytest.mark.parametrize("free_bytes", [100, 0, -(1 << 30)])  # below 0: the weights do not fit
+def test_no_memory_at_all_is_refused(free_bytes: int) -> None:
+    with pytest.raises(KVCacheTooSmall, match="there are 0 MiB"):
+        plan_kv_cache(MODEL, CONFIG, free_bytes)
 
 
 @pytest.mark.parametrize("length", [0, 1, 1025])
