@@ -46,8 +46,7 @@ class _Columns:
         return out
 
     def scale_of(self, column: int) -> torch.Tensor:
-        scale: torch.Tensor = self.scales[self.groups[column]]
-        return scale
+        return self.scales[self.groups[column]]
 
     def all_scales(self) -> torch.Tensor:
         """The scale of every element, ``[K, N]``."""
@@ -57,7 +56,8 @@ class _Columns:
         """Levels ``[K, N]`` in the order of the visit as ``[N, G, group_size]``."""
         natural = torch.empty_like(levels)
         natural[self.order] = levels
-        return natural.T.unflatten(1, (self.scales.shape[0], -1)).contiguous()
+        num_rows, num_groups = natural.shape[1], self.scales.shape[0]
+        return natural.T.reshape(num_rows, num_groups, -1)
 
 
 def _in_visiting_order(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> _Columns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,3 +138,22 @@ def test_a_model_that_overflows_is_refused_with_the_layer(
     block.linear("self_attn.o_proj").weight.fill_(1e38)
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate_proj receives infinite"):
         AwqQuantizer(hidden, plan, OPTIONS).quantize_block(block)
+
+
+def test_errors_are_fed_back_where_the_text_is_long_enough(
+    decoder: Decoder, plan: Plan, hidden_states: HiddenStates
+) -> None:
+    hidden = hidden_states(decoder)  # 288 tokens; 64 inputs need 256 of them, 128 need 512
+    nearest = quantized_block(decoder, plan, hidden.clone())[1]
+    block = decoder.block(0, hidden.shape[1])
+    options = replace(OPTIONS, rounding=Rounding.FEEDBACK)
+    feedback = AwqQuantizer(hidden, plan, options).quantize_block(block)
+    for layer, alone in zip(feedback.layers, nearest.layers, strict=True):
+        assert alone.rounding == "nearest"
+        if layer.in_features == 64:
+            assert layer.rounding == "feedback"
+            assert layer.error < 0.8 * alone.error, layer.name
+        else:
+            assert layer.rounding == "nearest", layer.name
+    assert feedback.error is not None and nearest.error is not None
+    assert feedback.error < 0.9 * nearest.error
