@@ -1,8 +1,6 @@
 // The norm, the gated activation, and rotation with the store into the cache.
 #pragma once
 
-#include <cmath>
-
 #include "simd.h"
 
 namespace qserve::QSERVE_NAMESPACE {

@@ -14,7 +14,7 @@ class Panels:
     __slots__ = ("_run", "nbytes")
 
     def __init__(self, weight: torch.Tensor) -> None:
-        native = extension().DenseWeight(weight.size(0), weight.size(1), float_type(weight.dtype))
+        native = extension().DenseWeight(weight.shape[0], weight.shape[1], float_type(weight.dtype))
         self.nbytes: int = native.nbytes
         weight = weight.contiguous()
         native.pack(weight.data_ptr())
@@ -22,4 +22,4 @@ class Panels:
 
     def multiply(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Writes the product with rows ``x`` to ``out``; both were checked."""
-        self._run(x.data_ptr(), x.stride(0), x.size(0), out.data_ptr(), out.stride(0))
+        self._run(x.data_ptr(), x.stride()[0], x.shape[0], out.data_ptr(), out.stride()[0])

@@ -32,9 +32,9 @@ class Panels:
         """Writes the product with rows ``x`` to ``out``; both were checked."""
         self._run(
             x.data_ptr(),
-            x.stride(0),
-            x.size(0),
+            x.stride()[0],
+            x.shape[0],
             out.data_ptr(),
-            out.stride(0),
+            out.stride()[0],
             activations is Activations.INT8,
         )

@@ -19,7 +19,7 @@ class Panels:
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> None:
         scales = scales.float().contiguous()
         wide = not torch.equal(scales.half().float(), scales)
-        native = extension().Int8Weight(codes.size(0), codes.size(1), group_size, wide)
+        native = extension().Int8Weight(codes.shape[0], codes.shape[1], group_size, wide)
         self.nbytes: int = native.nbytes
         codes = codes.contiguous()
         native.pack(codes.data_ptr(), scales.data_ptr())
@@ -29,9 +29,9 @@ class Panels:
         """Writes the product with rows ``x`` to ``out``; both were checked."""
         self._run(
             x.data_ptr(),
-            x.stride(0),
-            x.size(0),
+            x.stride()[0],
+            x.shape[0],
             out.data_ptr(),
-            out.stride(0),
+            out.stride()[0],
             activations is Activations.INT8,
         )

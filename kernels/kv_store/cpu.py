@@ -18,12 +18,12 @@ def rope_and_store(
     """Rotates q and k inside ``qkv`` and writes k and v to the slots; see the public op."""
     extension().rope_and_store(
         qkv.data_ptr(),
-        qkv.stride(0),
-        qkv.size(0),
-        qkv.size(1),
+        qkv.stride()[0],
+        qkv.shape[0],
+        qkv.shape[1],
         positions.data_ptr(),
         slot_mapping.data_ptr(),
         cos_sin.data_ptr(),
-        cos_sin.size(0),
+        cos_sin.shape[0],
         kv.handle,
     )

@@ -23,16 +23,16 @@ def paged_attention(
     """Writes the attention output of every query row to ``out``; see the public op."""
     extension().paged_attention(
         q.data_ptr(),
-        q.stride(0),
-        q.size(0),
-        q.size(1),
+        q.stride()[0],
+        q.shape[0],
+        q.shape[1],
         kv.handle,
         block_tables.data_ptr(),
-        block_tables.size(1),
+        block_tables.shape[1],
         context_lens.data_ptr(),
         cu_seqlens_q.data_ptr(),
-        context_lens.size(0),
+        context_lens.shape[0],
         scale,
         out.data_ptr(),
-        out.stride(0),
+        out.stride()[0],
     )

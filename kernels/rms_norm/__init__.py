@@ -27,12 +27,12 @@ def rms_norm(
     returned; may be ``x``. Raises ``ValueError`` for shapes and ``TypeError`` for dtypes that do
     not fit.
     """
-    width = x.size(-1)
+    width = x.shape[-1]
     check_rows("x", x, width)
     out = check_output(x, width, out)
     if residual is not None:
         check_output(x, width, residual)
-    if weight.dim() != 1 or weight.size(0) != width or not weight.is_contiguous():
+    if weight.shape != (width,) or not weight.is_contiguous():
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected contiguous [{width}]")
     if choose("rms_norm", x.device).backend is Backend.CPU:
         cpu.rms_norm(x, weight, eps, residual, out)

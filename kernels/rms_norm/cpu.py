@@ -19,13 +19,13 @@ def rms_norm(
         raise TypeError(f"weight is {weight.dtype}, expected float32 on a CPU")
     extension().rms_norm(
         x.data_ptr(),
-        x.stride(0),
+        x.stride()[0],
         0 if residual is None else residual.data_ptr(),
-        0 if residual is None else residual.stride(0),
+        0 if residual is None else residual.stride()[0],
         weight.data_ptr(),
         eps,
         out.data_ptr(),
-        out.stride(0),
-        x.size(0),
-        x.size(1),
+        out.stride()[0],
+        x.shape[0],
+        x.shape[1],
     )

@@ -19,7 +19,7 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
     overlap ``gate_up``. Raises ``ValueError`` for shapes and ``TypeError`` for dtypes that do not
     fit.
     """
-    width = gate_up.size(-1)
+    width = gate_up.shape[-1]
     check_rows("gate_up", gate_up, width)
     if width % 2:
         raise ValueError(f"gate_up has {width} columns, expected an even number: gate and up")

@@ -11,9 +11,9 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """Writes silu of the first half of each row times its second half to ``out``."""
     extension().silu_mul(
         gate_up.data_ptr(),
-        gate_up.stride(0),
+        gate_up.stride()[0],
         out.data_ptr(),
-        out.stride(0),
-        gate_up.size(0),
-        out.size(1),
+        out.stride()[0],
+        gate_up.shape[0],
+        out.shape[1],
     )
