@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.demo_model import find_model
@@ -34,6 +34,17 @@ PROMPTS = [
     tuple(Random(length).choices(range(3, 512), k=length))
     for length in (1, 3, 7, 16, 17, 40, 5, 90)
 ]
+
+DEMO_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+    "The three most important rules of good writing are",
+    "Water boils at",
+    "In 1969, the first human",
+    "My favourite recipe for bread:\n1.",
+    "Question: What is 12 times 12?\nAnswer:",
+)
 
 MakeLlama = Callable[..., Path]
 
@@ -260,8 +271,12 @@ def demo_model() -> Path:
 
 @pytest.mark.slow
 def test_the_demo_model_gives_the_tokens_of_transformers(demo_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo_model)
+    prompts = [tuple(tokenizer(text)["input_ids"]) for text in DEMO_PROMPTS]
     engine = load(demo_model)
-    prompts = [tuple(range(start, start + 20)) for start in range(500, 8500, 1000)]
     found = generate(engine, prompts)
     expect_tokens_of_transformers(demo_model, found, prompts)
     assert [generate(engine, [prompt])[0] for prompt in prompts] == found
+    for chunk in (16, 64):
+        chunked = load(demo_model, max_num_batched_tokens=chunk, max_num_seqs=8)
+        assert generate(chunked, prompts) == found
