@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from qserve.serve.config import EngineConfig
     from qserve.serve.server_config import ServerConfig
     from qserve.serve.service import Service
+    from qserve.serve.tokenizer import Tokenizer
 
 DISTRIBUTION = "qserve-llm"
 DEFAULT_BUDGET = 512  # tokens of a step
@@ -219,17 +221,33 @@ def _serve(model: str, options: dict[str, Any]) -> None:
     config = _server_config(options, model)
     listener = listen(config)  # before the imports below, which take seconds
 
-    from qserve.quant.source import resolve_model
     from qserve.serve.assembly import assemble
     from qserve.serve.server import serve
 
     engine_config = _engine_config(options)
     address = address_of(config, listener)
     with listener or nullcontext():
-        folder = resolve_model(model, cache=cache_folder(os.environ), notice=say).folder
-        service = assemble(folder, engine_config, config)
+        folder = _find(model)
+        with ThreadPoolExecutor(1) as beside:
+            loading = beside.submit(_load_tokenizer, folder, config.chat_template)
+            service = assemble(folder, engine_config, config, loading.result)
         loaded_s = time.monotonic() - start_s
         serve(service, listener, lambda: _announce(service, address, loaded_s))
+
+
+def _find(model: str) -> Path:
+    if Path(model).is_dir():  # no need for the libraries that fetch and convert models
+        return Path(model)
+    from qserve.quant.source import resolve_model
+
+    return resolve_model(model, cache=cache_folder(os.environ), notice=say).folder
+
+
+def _load_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
+    """In a thread: importing transformers takes as long as loading the weights of a small model."""
+    from qserve.serve.tokenizer import Tokenizer
+
+    return Tokenizer(folder, chat_template)
 
 
 def _server_config(options: dict[str, Any], model: str) -> ServerConfig:

@@ -4,42 +4,64 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from qserve.kernels import native
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.admission import Admission
+from qserve.serve.block_manager import BlockManager
 from qserve.serve.bridge import Bridge
 from qserve.serve.config import EngineConfig
 from qserve.serve.engine import Engine
 from qserve.serve.engine_thread import EngineThread
 from qserve.serve.metrics import Metrics
-from qserve.serve.model_runner import read_eos_token_ids
+from qserve.serve.model_runner import ModelRunner, read_eos_token_ids
 from qserve.serve.sampling_defaults import SamplingDefaults
+from qserve.serve.scheduler import Scheduler
 from qserve.serve.server_config import ServerConfig
 from qserve.serve.service import ModelCard, Service
-from qserve.serve.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qserve.serve.tokenizer import Tokenizer
 
 DISTRIBUTION = "qserve-llm"
 
 
-def assemble(folder: Path, engine_config: EngineConfig, config: ServerConfig) -> Service:
-    """Load the model and its tokenizer.
+def assemble(
+    folder: Path,
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    load_tokenizer: Callable[[], Tokenizer],
+) -> Service:
+    """Load the model, and take its tokenizer.
 
+    load_tokenizer: may wait for what another thread loads meanwhile; called after the weights.
     Raises ``CheckpointError`` for a model that cannot be served, ``StartupError`` for one that
     lacks a tokenizer, has unusable defaults or does not fit into memory.
     """
+    # One core stays free for the thread that loads the tokenizer: OpenMP's threads spin while they
+    # wait for each other, so one of them that gets no core makes loading several times slower.
+    num_threads = engine_config.num_threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, num_threads - 1))
     checkpoint = Checkpoint(folder)
-    tokenizer = Tokenizer(folder, config.chat_template)
     defaults = SamplingDefaults()
     if config.generation_config:
         defaults = SamplingDefaults.from_folder(folder)
+    runner = ModelRunner(checkpoint, engine_config)
+    scheduler = Scheduler(
+        runner.limits, BlockManager(runner.plan.num_blocks, runner.plan.block_size)
+    )
+    tokenizer = load_tokenizer()
     ends = read_eos_token_ids(checkpoint) | tokenizer.eos_token_ids
-    engine = Engine.from_checkpoint(folder, engine_config, ends)
+    engine = Engine(runner, scheduler, ends)
     card = _describe(checkpoint, engine, engine_config, config)
     bridge = Bridge(partial(EngineThread, engine), _max_sequences(engine_config, config))
     metrics = Metrics(

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator
 from pydantic_core import PydanticCustomError
 
+from qserve.serve.chat_options import ChatOptions
 from qserve.serve.errors import BadRequest
 from qserve.serve.protocol import SamplingBody
-from qserve.serve.tokenizer import ChatOptions
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 

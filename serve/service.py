@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from qserve.serve.admission import Admission
 from qserve.serve.bridge import Bridge
+from qserve.serve.chat_options import ChatOptions
 from qserve.serve.errors import BadRequest, ContextLengthExceeded, ModelNotFound
 from qserve.serve.generation import Generation, TextRules, TextSequence
 from qserve.serve.logprobs import TokenNames
@@ -19,7 +20,9 @@ from qserve.serve.metrics import Metrics, SequenceTimes
 from qserve.serve.protocol import SamplingBody
 from qserve.serve.sampling_defaults import SamplingDefaults, nth_sample, sampling_params
 from qserve.serve.server_config import ServerConfig
-from qserve.serve.tokenizer import ChatOptions, Tokenizer
+
+if TYPE_CHECKING:  # the libraries behind it take a second, in which the weights can be loaded
+    from qserve.serve.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

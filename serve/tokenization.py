@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from qserve.serve.bodies import read_object
+from qserve.serve.chat_options import ChatOptions
 from qserve.serve.protocol import parse
 from qserve.serve.protocol_completions import DetokenizeBody, TokenizeBody
 from qserve.serve.service import Service
-from qserve.serve.tokenizer import ChatOptions
 
 
 class TokenizerEndpoint:

@@ -6,32 +6,16 @@ import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from qserve.serve.chat_options import ChatOptions
 from qserve.serve.errors import BadRequest, StartupError
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how vocabularies with byte fallback write a byte
 WORD_START = "\u2581"  # how a SentencePiece vocabulary writes a space
-
-
-@dataclass(frozen=True, slots=True)
-class ChatOptions:
-    """How a conversation is rendered.
-
-    add_generation_prompt: end with the opening of the assistant's turn.
-    continue_final_message: leave the last message open, so that the model continues it.
-    chat_template: instead of the model's. template_kwargs: more variables for the template.
-    """
-
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template: str | None = None
-    documents: tuple[dict[str, Any], ...] | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Tokenizer:

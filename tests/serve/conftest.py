@@ -50,7 +50,8 @@ class ScriptedEngine:
     """An engine link that answers every request with the same tokens, at once.
 
     script: the tokens of the answer; the end-of-sequence token follows by itself.
-    endless: give the script and never end. frame_size: tokens in one message. fails_after: messages before the request fails.
+    endless: give the script and never end. frame_size: tokens in one message.
+    fails_after: messages before the request fails.
     holds: take requests and answer nothing. dead: refuse them.
     """
 

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from qserve.serve.chat_options import ChatOptions
 from qserve.serve.errors import BadRequest, StartupError
-from qserve.serve.tokenizer import ChatOptions, Tokenizer
+from qserve.serve.tokenizer import Tokenizer
 
 TEXT = "The lamps: 你好, naïve 🙂\n"
 USER = [{"role": "user", "content": "Hi"}]
