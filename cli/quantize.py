@@ -41,6 +41,13 @@ BUILT_IN, SELF = "builtin", "self"
     help="Inputs that share a scale: 128, 64 or 32. Default: the largest that fits every layer.",
 )
 @click.option(
+    "--rounding",
+    type=click.Choice(["feedback", "nearest"]),
+    default="feedback",
+    show_default=True,
+    help="Of AWQ. feedback loses less; nearest is what the paper does, and faster.",
+)
+@click.option(
     "--calibration",
     default=BUILT_IN,
     show_default=True,
@@ -128,7 +135,7 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
 
 
 def _read_options(choices: dict[str, Any]) -> QuantizeOptions:
-    from qserve.quant.options import CalibrationSource, Method, QuantizeOptions
+    from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, Rounding
 
     named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
     calibration = choices["calibration"]
@@ -136,6 +143,7 @@ def _read_options(choices: dict[str, Any]) -> QuantizeOptions:
         method=Method(choices["method"]),
         bits=choices["bits"],
         group_size=choices["group_size"],
+        rounding=Rounding(choices["rounding"]),
         calibration=named.get(calibration) or Path(calibration),
         num_samples=choices["samples"],
         seq_len=choices["seq_len"],

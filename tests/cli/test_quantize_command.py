@@ -72,6 +72,21 @@ def test_self_written_calibration_is_possible(
     assert time.startswith("quantizing: ")
 
 
+def test_rounding_to_nearest_gives_other_codes_than_feedback(
+    tiny_llama: Path, out: Path, qserve: Callable[..., Any]
+) -> None:
+    enough = ("--samples", "8", "--seq-len", "128")  # less text than inputs allows no feedback
+    codes = []
+    for rounding in ("nearest", "feedback"):
+        folder = out / rounding
+        done = qserve("quantize", tiny_llama, "-o", folder, "--rounding", rounding, *enough)
+        assert done.code == ExitCode.OK
+        weight = Checkpoint(folder).linear(LAYER)
+        assert isinstance(weight, GroupedWeight)
+        codes.append(weight.codes)
+    assert not torch.equal(*codes)
+
+
 def test_ignored_layers_stay_in_16_bits(
     tiny_llama: Path, out: Path, qserve: Callable[..., Any]
 ) -> None:
@@ -112,6 +127,7 @@ OPTIONS = {
     "regex": (("--ignore", "["), ExitCode.USAGE, r"'\[' is not a regular expression"),
     "regex matches nothing": (("--ignore", "conv"), ExitCode.USAGE, "'conv' matches no linear"),
     "regex matches all": (("--ignore", "proj"), ExitCode.USAGE, "no linear layer is left"),
+    "rounding": (("--rounding", "up"), ExitCode.USAGE, "'up' is not one of"),
     "unknown option": (("--gptq",), ExitCode.USAGE, "--gptq"),
     "windows beyond the context": (("--seq-len", "513"), ExitCode.CALIBRATION, "513 tokens"),
     "no such text": (("--calibration", "no.txt"), ExitCode.CALIBRATION, "no.txt cannot be read"),
