@@ -40,9 +40,13 @@ class GramMatrix:
         """``X^T X / T``, ``[K, K]``.
 
         An input that was always zero gets the mean of the diagonal, as one nothing is known about.
+        The result takes the memory of the sum: nothing can be added afterwards.
         """
-        gram = self._sum.triu() / max(self._num_rows, 1)
-        gram = gram + gram.triu(1).T
+        gram = self._sum.div_(max(self._num_rows, 1))
+        for start in range(0, len(gram), TILE):
+            tile = slice(start, start + TILE)
+            gram[tile, tile] = gram[tile, tile].triu() + gram[tile, tile].triu(1).T
+            gram[start + TILE :, tile] = gram[tile, start + TILE :].T
         diagonal = gram.diagonal()
         dead = diagonal <= 0
         if bool(dead.all()):
