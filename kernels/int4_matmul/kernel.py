@@ -41,8 +41,11 @@ def int4_matmul(x: torch.Tensor, weight: Planar4Weight, out: torch.Tensor) -> No
     """Writes ``x @ dequantize(weight).T`` to ``out``, with float32 sums.
 
     x: float16 or bfloat16 ``[num_rows, in_features]``, rows contiguous, 16-byte aligned.
-    out: ``[num_rows, out_features]``, contiguous rows.
+    out: ``[num_rows, out_features]``, contiguous rows, of the same dtype. Raises ``TypeError`` for
+    another dtype.
     """
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"x is {x.dtype}, expected float16 or bfloat16 on a GPU: cast it before")
     problem = Int4Problem(
         x.shape[0], weight.out_features, weight.in_features, weight.group_size, x.dtype
     )

@@ -63,6 +63,7 @@ REDUCE_BLOCK = 1024
 
 _SEGMENT_TILE = 64  # outputs to a tile when segments are counted: the narrowest tile there is
 _MIN_BLOCKS_PER_SEGMENT = 4  # a pipeline of 4 stages is never full in fewer trips
+_CONSUMER_SHARED_BYTES = 99 * 1024
 _TENSOR_MEMORY = ("sm_100", "sm_103")
 _MAX_SEGMENTS = 16  # more partial sums cost more traffic than the occupancy brings
 
@@ -145,7 +146,8 @@ def _tile(problem: Int4Problem, num_segments: int, target: GpuTarget) -> tuple[i
         wide = ceil(problem.out_features / 128) * num_segments >= 2 * target.num_cores
         return 16, 128 if wide else 64, 4, 4
     if num_rows <= 32:
-        return 32, 128, 4, 4
+        # Of four stages, two thread blocks would not fit the shared memory of a consumer part.
+        return 32, 128, 4, 4 if target.shared_bytes > _CONSUMER_SHARED_BYTES else 3
     if _hoists(problem) and problem.group_size == PLANE and target.name.startswith("sm_12"):
         return 32, 128, 8, 3  # a tile of 64 rows, with a sum for each plane, spills there
     return 64, 128, 8, 3

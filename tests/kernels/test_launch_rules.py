@@ -1,0 +1,182 @@
+"""Launch rules cover every problem, fill the GPU, and keep a row's arithmetic to its shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+
+import pytest
+import torch
+
+from qserve.kernels.gpu_target import TARGETS, GpuTarget, Vendor, gpu_target
+from qserve.kernels.int4_matmul import launch as int4
+from qserve.kernels.int4_matmul.launch import Int4Problem, Unpack, int4_cost, int4_launch
+from qserve.kernels.paged_attention import launch as attention
+from qserve.kernels.paged_attention.launch import (
+    AttentionProblem,
+    attention_launch,
+    decode_cost,
+    prefill_cost,
+    tile_constants,
+)
+
+A100 = TARGETS["sm_80"]
+LAYER = Int4Problem(1, 4096, 4096, 128, torch.float16)
+BATCH = AttentionProblem(8, 8, 32, 8, 128, 64, 4096)
+ROWS = (1, 16, 17, 32, 33, 64, 500, 4096)
+
+every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+
+
+@every_target
+@pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (576, 1536), (100, 32)])
+def test_a_matmul_grid_covers_all_rows_outputs_and_inputs(
+    target: GpuTarget, shape: tuple[int, int]
+) -> None:
+    for num_rows in ROWS:
+        problem = Int4Problem(num_rows, *shape, 32, torch.bfloat16)
+        launch = int4_launch(problem, target)
+        assert launch.grid[0] * launch.block_n >= problem.out_features
+        assert launch.grid[1] * launch.block_m >= num_rows
+        num_blocks = ceil(problem.in_features / 128)
+        covered = launch.num_segments * launch.blocks_per_segment
+        assert covered - launch.blocks_per_segment < num_blocks <= covered  # none is empty
+        assert launch.grid[2] == (launch.num_segments if launch.parallel else 1)
+
+
+@every_target
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_what_a_row_goes_through_does_not_depend_on_the_rows_beside_it(
+    target: GpuTarget, dtype: torch.dtype, group_size: int
+) -> None:
+    problem = replace(LAYER, dtype=dtype, group_size=group_size)
+    launches = [int4_launch(replace(problem, num_rows=rows), target) for rows in ROWS]
+    orders = {(x.num_segments, x.blocks_per_segment, x.hoist, x.unpack) for x in launches}
+    assert len(orders) == 1
+
+
+def test_few_rows_are_cut_into_segments_until_the_gpu_is_full() -> None:
+    small = int4_launch(replace(LAYER, out_features=1024), A100)
+    assert small.parallel and small.num_segments > 1
+    assert not int4_launch(replace(LAYER, out_features=65536), A100).parallel
+    assert not int4_launch(replace(LAYER, num_rows=4096), A100).parallel
+
+
+def test_a_scale_never_multiplies_a_bfloat16_weight() -> None:
+    for group_size in (32, 64, 128):
+        problem = replace(LAYER, dtype=torch.bfloat16, group_size=group_size)
+        assert int4_launch(problem, A100).hoist
+
+
+@every_target
+def test_inline_assembly_is_for_nvidia_alone(target: GpuTarget) -> None:
+    launch = int4_launch(LAYER, target)
+    assert (launch.unpack is Unpack.LOP3) == (target.vendor is Vendor.NVIDIA)
+
+
+def test_matmul_constants_say_when_the_last_block_is_not_full() -> None:
+    assert int4.matmul_constants(int4_launch(LAYER, A100), torch.float16)["EVEN"]
+    uneven = int4_launch(replace(LAYER, in_features=576), A100)
+    assert not int4.matmul_constants(uneven, torch.float16)["EVEN"]
+
+
+def test_the_cost_of_a_matmul_is_its_weight_and_its_activations() -> None:
+    cost = int4_cost(Int4Problem(2, 300, 256, 128, torch.float16))
+    assert cost.flops == 2 * 2 * 300 * 256
+    assert cost.num_bytes == 300 * 256 // 2 + 300 * 2 * 4 + 2 * 2 * (300 + 256)
+
+
+def test_one_row_is_bound_by_memory_and_many_by_arithmetic() -> None:
+    bandwidth, peak = 2.0e12, 3.0e14
+    one, many = int4_cost(LAYER), int4_cost(replace(LAYER, num_rows=4096))
+    assert one.bound_s(bandwidth, peak) == one.num_bytes / bandwidth
+    assert many.bound_s(bandwidth, peak) == many.flops / peak
+
+
+def test_a_trip_of_the_matmul_reads_a_block_of_each_output() -> None:
+    launch = int4_launch(replace(LAYER, group_size=64), A100)
+    assert int4.trip_bytes(launch) == launch.block_n * (64 + 2 * 4)
+
+
+@every_target
+@pytest.mark.parametrize("heads", [(32, 8), (9, 3), (8, 8), (32, 1)])
+def test_attention_tiles_hold_whole_tokens(target: GpuTarget, heads: tuple[int, int]) -> None:
+    problem = replace(BATCH, num_rows=100, num_heads=heads[0], num_kv_heads=heads[1])
+    launch = attention_launch(problem, target)
+    assert launch.prefill is not None
+    for tile in (launch.decode, launch.prefill):
+        assert tile.tokens * problem.heads_per_kv <= tile.rows
+        assert tile.rows & (tile.rows - 1) == 0
+        assert tile.grid[1] == problem.num_kv_heads
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [100], [1, 17, 1, 32], [16] * 9, [0, 33, 0]])
+def test_prefill_tiles_suffice_for_any_lengths(lengths: list[int]) -> None:
+    problem = replace(BATCH, num_sequences=len(lengths), num_rows=sum(lengths) + 1)
+    tile = attention_launch(problem, A100).prefill
+    assert tile is not None
+    first, start = [], 0
+    for index, length in enumerate(lengths):
+        first.append(start // tile.tokens + index)  # as the kernel finds its sequence
+        start += length
+    for index, length in enumerate(lengths):
+        after = first[index + 1] if index + 1 < len(lengths) else tile.grid[0]
+        assert first[index] + ceil(length / tile.tokens) <= after
+
+
+def test_a_batch_of_single_rows_needs_no_prefill() -> None:
+    assert attention_launch(BATCH, A100).prefill is None
+
+
+@every_target
+def test_segments_do_not_depend_on_the_batch(target: GpuTarget) -> None:
+    launches = [
+        attention_launch(replace(BATCH, num_sequences=n, num_rows=rows), target)
+        for n, rows in ((1, 1), (8, 8), (2000, 2000), (8, 4096))
+    ]
+    assert len({launch.blocks_per_segment for launch in launches}) == 1
+    assert [launch.parallel for launch in launches] == [True, True, False, True]
+
+
+def test_long_contexts_get_longer_segments_to_bound_the_workspace() -> None:
+    assert attention_launch(replace(BATCH, max_context=16384), A100).blocks_per_segment == 4
+    longer = attention_launch(replace(BATCH, max_context=131072), A100)
+    assert longer.num_segments <= 64
+    assert longer.blocks_per_segment * longer.num_segments * 64 >= 131072
+
+
+def test_a_short_context_is_one_segment_and_never_merged() -> None:
+    launch = attention_launch(replace(BATCH, max_context=256), A100)
+    assert launch.num_segments == 1 and not launch.parallel
+    assert not tile_constants(launch, launch.decode)["MERGE"]
+
+
+@pytest.mark.parametrize("block_size", [8, 24])
+def test_blocks_that_no_tensor_core_takes_are_refused(block_size: int) -> None:
+    with pytest.raises(ValueError, match="power of two"):
+        attention_launch(replace(BATCH, block_size=block_size), A100)
+
+
+def test_head_dimensions_are_padded_to_a_power_of_two() -> None:
+    assert attention.padded_head_dim(replace(BATCH, head_dim=80)) == 128
+    assert attention.padded_head_dim(replace(BATCH, head_dim=8)) == 16
+    assert attention.padded_head_dim(BATCH) == 128
+
+
+def test_the_cost_of_decode_is_the_cache_that_it_reads() -> None:
+    cost = decode_cost(BATCH, num_tokens=1000)
+    assert cost.num_bytes == 2 * 2 * 1000 * 8 * 128 + 2 * 2 * 8 * 32 * 128
+    assert cost.flops == 4 * 1000 * 32 * 128
+
+
+def test_a_chunk_costs_each_token_with_all_before_it() -> None:
+    cost = prefill_cost(BATCH, chunk=3, prefix=10)
+    assert cost.flops == 4 * (11 + 12 + 13) * 32 * 128
+    assert cost.num_bytes == 2 * 2 * 13 * 8 * 128 + 2 * 2 * 3 * 32 * 128
+    assert attention.trip_bytes(BATCH) == 2 * 2 * 64 * 128
+
+
+def test_a_cpu_is_no_target() -> None:
+    with pytest.raises(ValueError, match="not a GPU"):
+        gpu_target(torch.device("cpu"))
