@@ -13,6 +13,8 @@ from qserve.serve.messages import SamplingParams, TokenLogprobs
 Row = NDArray[np.float32]
 
 GREEDY_BELOW = 1e-5  # a temperature below this divides logits into infinities: argmax is its limit
+NEAR = 10.0  # natural logarithm: what is further below the highest is 20,000 times less likely
+STRETCH = 256
 UINT64 = (1 << 64) - 1
 
 
@@ -95,16 +97,18 @@ class TokenSampler:
     def _draw_from(self, logits: Row, random: np.random.Generator) -> int:
         """Temperature, min-p, top-k, top-p, then one draw by inverting the distribution."""
         params = self._params
-        scaled = logits / np.float32(params.temperature)
+        scaled = logits  # in place: new arrays of this size cost more in page faults than in work
+        scaled /= np.float32(params.temperature)
         scaled -= scaled.max()
         tokens: NDArray[np.int64] | None = None  # None: the whole vocabulary, in order
         if params.min_p > 0.0:
             tokens = np.flatnonzero(scaled >= np.log(params.min_p))
         if params.top_k > 0:
-            tokens = keep_top_k(scaled, tokens, params.top_k)
+            kept = largest(scaled if tokens is None else scaled[tokens], params.top_k)
+            tokens = kept if tokens is None else tokens[kept]
         if tokens is not None:
             scaled = scaled[tokens]
-        weights = np.exp(scaled)
+        weights = np.exp(scaled, out=scaled)
         if params.top_p < 1.0:
             kept = nucleus(weights, params.top_p)
             tokens = kept if tokens is None else tokens[kept]
@@ -123,45 +127,58 @@ def log_softmax(logits: Row) -> Row:
 
 def most_likely(logprobs: Row, count: int) -> NDArray[np.int64]:
     """The ``count`` most likely tokens, highest first; of equals the lowest id."""
-    count = min(count, logprobs.size)
-    if not count:
-        return np.empty(0, dtype=np.int64)
-    threshold = np.partition(logprobs, -count)[-count]
-    tokens = np.flatnonzero(logprobs >= threshold)
+    tokens = largest(logprobs, count)
     return tokens[np.argsort(-logprobs[tokens], kind="stable")][:count]
 
 
-def keep_top_k(scaled: Row, tokens: NDArray[np.int64] | None, count: int) -> NDArray[np.int64]:
-    """Those of ``tokens`` whose value is among the ``count`` largest; ties at the border stay."""
-    values = scaled if tokens is None else scaled[tokens]
-    if count < values.size:
-        kept = np.flatnonzero(values >= np.partition(values, -count)[-count])
-        return kept if tokens is None else tokens[kept]
-    return np.arange(values.size) if tokens is None else tokens
+def largest(values: Row, count: int) -> NDArray[np.int64]:
+    """Positions of the ``count`` largest values, in order; what equals the smallest of them stays.
+
+    A few hundred of a vocabulary's log-probabilities lie near the highest. Looking only at those
+    takes a tenth of the time; when they are too few, all are looked at.
+    """
+    count = min(count, values.size)
+    if not count:
+        return np.empty(0, dtype=np.int64)
+    positions = np.flatnonzero(values >= values.max() - NEAR)
+    if positions.size < count:
+        positions = np.arange(values.size)
+    near = values[positions]
+    kept: NDArray[np.int64] = positions[near >= np.partition(near, -count)[-count]]
+    return kept
 
 
 def nucleus(weights: Row, top_p: float) -> NDArray[np.int64]:
     """Positions of the shortest run of ``weights``, largest first, that holds ``top_p`` of the sum.
 
-    Never empty; of equal weights the first positions are taken. Only the weights are sorted, which
-    is several times faster than sorting positions; those are found again by the smallest kept one.
+    weights: the largest is 1. Never empty; of equal weights the first positions are taken. The
+    small weights are sorted only if the large ones do not hold enough, see ``largest``.
     """
-    ordered = np.sort(weights)[::-1]
-    mass = np.cumsum(ordered, dtype=np.float64)
-    last = min(int(np.searchsorted(mass, top_p * mass[-1])), weights.size - 1)
-    candidates = np.flatnonzero(weights >= ordered[last])
-    if candidates.size == last + 1:
-        return candidates
-    first = np.argsort(-weights[candidates], kind="stable")[: last + 1]
-    return np.sort(candidates[first])
+    wanted = top_p * weights.sum(dtype=np.float64)
+    positions = np.flatnonzero(weights >= np.float32(np.exp(-NEAR)))
+    if weights[positions].sum(dtype=np.float64) < wanted:
+        positions = np.arange(weights.size)
+    order = positions[np.argsort(-weights[positions], kind="stable")]
+    mass = np.cumsum(weights[order], dtype=np.float64)
+    count = int(np.searchsorted(mass, wanted)) + 1
+    return np.sort(order[:count])
 
 
 def invert(weights: Row, uniform: float) -> int:
     """The position where the running sum of ``weights`` passes ``uniform`` of the total.
 
     uniform: in [0, 1). One random number a token, whatever the vocabulary. A position of weight 0
-    is never given.
+    is never given. Sums of stretches come first, then the one stretch that is hit: a running sum
+    over a whole vocabulary takes twenty times as long.
     """
-    mass = np.cumsum(weights, dtype=np.float64)
+    sums = np.add.reduceat(weights, np.arange(0, weights.size, STRETCH), dtype=np.float64)
+    mass = np.cumsum(sums)
     target = min(uniform * mass[-1], np.nextafter(mass[-1], 0.0))
-    return int(np.searchsorted(mass, target, side="right"))
+    index = int(np.searchsorted(mass, target, side="right"))
+    before = mass[index - 1] if index else 0.0
+    start = index * STRETCH
+    inside = np.cumsum(weights[start : start + STRETCH], dtype=np.float64)
+    offset = int(np.searchsorted(inside, target - before, side="right"))
+    if offset == inside.size:  # the two sums differ in their last bit
+        offset = int(np.flatnonzero(weights[start : start + STRETCH])[-1])
+    return start + offset

@@ -15,7 +15,7 @@ from qserve.serve.sampler import (
     SamplingError,
     TokenSampler,
     invert,
-    keep_top_k,
+    largest,
     log_softmax,
     most_likely,
     nucleus,
@@ -224,5 +224,37 @@ def test_of_equal_weights_at_the_border_the_first_are_kept() -> None:
 
 
 def test_top_k_larger_than_what_is_left_keeps_it_all() -> None:
-    assert keep_top_k(row(1.0, 2.0), None, 5).tolist() == [0, 1]
-    assert keep_top_k(row(1.0, 2.0, 3.0), np.array([0, 2]), 2).tolist() == [0, 2]
+    assert largest(row(1.0, 2.0), 5).tolist() == [0, 1]
+    assert frequencies(row(1.0, 2.0, -9.0), count=50, min_p=0.1, top_k=9)[2] == 0.0
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 40.0])
+@pytest.mark.parametrize("count", [1, 7, 300, 999])
+def test_the_largest_are_found_however_values_are_spread(spread: float, count: int) -> None:
+    values = np.random.default_rng(3).normal(size=1000).astype(np.float32) * np.float32(spread)
+    border = np.sort(values)[-count]
+    assert largest(values, count).tolist() == np.flatnonzero(values >= border).tolist()
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 40.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 0.999999])
+def test_a_nucleus_is_found_however_weights_are_spread(spread: float, top_p: float) -> None:
+    values = np.random.default_rng(4).normal(size=1000) * spread
+    weights = np.exp(values - values.max()).astype(np.float32)
+    order = np.argsort(-weights, kind="stable")
+    before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
+    expected = np.sort(order[before < top_p * weights.sum(dtype=np.float64)])
+    assert nucleus(weights, top_p).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
+def test_a_draw_lands_where_the_running_sum_says(size: int) -> None:
+    rng = np.random.default_rng(size)
+    weights = rng.random(size).astype(np.float32) * (rng.random(size) < 0.5)
+    weights[rng.integers(size)] = 1.0
+    mass = np.cumsum(weights, dtype=np.float64)
+    for uniform in (0.0, math.nextafter(1.0, 0.0), *rng.random(200)):
+        position = invert(weights, float(uniform))
+        assert weights[position] > 0.0
+        assert mass[position] >= uniform * mass[-1] * (1 - 1e-12)
+        assert mass[position] - weights[position] <= uniform * mass[-1] * (1 + 1e-12)
