@@ -1,6 +1,6 @@
 """Measure the native CPU kernels one by one: what `make bench` runs first.
 
-    python benchmarks/kernels.py --threads 2 --isa avx2
+    python benchmarks/native_kernels.py --threads 2 --isa avx2
 
 The shapes are those of SmolLM2-135M, and there are as many weights of each as the model has layers,
 so that weights come from memory as they do when a model runs. The best of many calls is reported:
