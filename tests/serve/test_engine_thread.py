@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from queue import SimpleQueue
 from typing import cast
 
 import pytest
 import torch
 
+from qserve.serve.config import EngineConfig
 from qserve.serve.engine import Engine, Output
 from qserve.serve.engine_thread import EngineThread
 from qserve.serve.errors import BadRequest, EngineDead, ServeError
@@ -279,3 +281,22 @@ def test_torch_has_one_thread_while_the_engine_steps(run: Run) -> None:
     thread.submit(request("a"))
     receiver.until_finished("a")
     assert engine.num_threads == 1
+
+
+def test_a_real_engine_answers_some_and_forgets_the_others(tiny_llama: Path) -> None:
+    engine = Engine.from_checkpoint(tiny_llama, EngineConfig(max_model_len=128, max_num_seqs=4))
+    receiver = Receiver()
+    thread = EngineThread(engine, receiver)
+    thread.start()
+    names = [str(i) for i in range(24)]
+    for name in names:
+        params = SamplingParams(max_tokens=1000 if int(name) % 3 == 0 else 20, ignore_eos=True)
+        thread.submit(AddRequest(name, (5, 6, 7 + int(name)), params, 0.0))
+    left = names[::3]  # would go on to the end of the context
+    for name in left:
+        thread.submit(AbortRequest(name))
+    receiver.until_finished(*(name for name in names if name not in left))
+    assert thread.stop(TIMEOUT_S)
+    assert thread.stats.kv_usage == 0.0
+    assert (thread.stats.num_running, thread.stats.num_waiting) == (0, 0)
+    assert thread.stats.generation_tokens >= 16 * 20
