@@ -30,7 +30,7 @@ def compare_arguments() -> list[str]:
 
 # In the order of what they need: ops alone, a checkpoint, an engine, an engine and its peer.
 BENCHMARKS: dict[str, Callable[[], list[str]]] = {
-    "kernels": list,
+    "native_kernels": list,
     "quality": lambda: ["--keep", str(CHECKPOINTS)],
     "engine": lambda: [str(SERVED)],
     "compare_engines": compare_arguments,
