@@ -83,6 +83,11 @@ def check_output(out: Path, force: bool = False, *, protect: Sequence[Path] = ()
             raise OutputError(f"{out} is inside {path}, which is being read: choose another folder")
         if path.is_relative_to(target):
             raise OutputError(f"{out} contains {path}, which is being read: choose another folder")
+    if target.is_mount():
+        raise OutputError(
+            f"{out} is a mount point, which no folder can replace: give a folder inside it, such "
+            f"as {out / 'model'}"
+        )
     try:
         content = sorted(os.listdir(target))
     except FileNotFoundError:
@@ -146,20 +151,27 @@ def _claimed_sibling(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[None]:
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
     """Hold the lock of a folder, which ends with the process at the latest.
 
-    Raises ``BlockingIOError`` when another process has it, unless told to wait.
+    Gives False on a file system without locks. Raises ``BlockingIOError`` when another process has
+    it, unless told to wait.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(handle)
 
 
-def _alone_in(folder: Path) -> AbstractContextManager[None]:
+def _alone_in(folder: Path) -> AbstractContextManager[bool]:
     """For the moments in which two runs that write to the same folder must not see each other."""
     return _locked(folder, wait=True)
 
@@ -173,8 +185,9 @@ def _clean(target: Path) -> None:
             path.rename(target)
     for path in _leftovers(target, PARTIAL):
         try:
-            with _locked(path):
-                shutil.rmtree(path, ignore_errors=True)
+            with _locked(path) as is_mine:
+                if is_mine:
+                    shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
             raise OutputError(
                 f"{target} is being written by another run at this moment: wait for it, or choose "
@@ -196,7 +209,8 @@ def _flush(folder: Path) -> None:
     readable = folder.stat().st_mode & 0o666
     for place, _, names in os.walk(folder, topdown=False):
         for name in names:
-            (Path(place) / name).chmod(readable)
+            with suppress(OSError):  # some file systems have no permissions
+                (Path(place) / name).chmod(readable)
             _sync(Path(place) / name)
         _sync(Path(place))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -153,6 +154,30 @@ def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
         check_output(tmp_path / "file", force=True)
     with pytest.raises(OutputError, match="leads through a file"):
         check_output(tmp_path / "file" / "out")
+
+
+def test_mount_point_is_refused_before_the_block_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(OutputError, match=f"such as {tmp_path}/model"), publish(tmp_path):
+        pytest.fail("the block ran")
+
+
+def test_file_system_without_locks_and_permissions_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    other = tmp_path / ".out.01234567.partial"  # perhaps of a run that is under way
+    other.mkdir()
+    with publish(tmp_path / "out") as folder:
+        (folder / "a.txt").touch()
+    assert os.listdir(tmp_path / "out") == ["a.txt"]
+    assert other.exists()
 
 
 def test_place_that_takes_no_folder_is_refused() -> None:
