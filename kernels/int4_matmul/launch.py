@@ -135,6 +135,10 @@ def _segments(problem: Int4Problem, target: GpuTarget) -> tuple[int, int]:
     return ceil(num_blocks / blocks_per_segment), blocks_per_segment
 
 
+def _is_consumer_part(target: GpuTarget) -> bool:
+    return target.vendor is Vendor.NVIDIA and target.shared_bytes <= _CONSUMER_SHARED_BYTES
+
+
 def _tile(problem: Int4Problem, num_segments: int, target: GpuTarget) -> tuple[int, int, int, int]:
     """Rows, outputs, warps and pipeline stages of a tile (registers: docs/static-gate.md)."""
     num_rows = problem.num_rows
@@ -146,8 +150,8 @@ def _tile(problem: Int4Problem, num_segments: int, target: GpuTarget) -> tuple[i
         wide = ceil(problem.out_features / 128) * num_segments >= 2 * target.num_cores
         return 16, 128 if wide else 64, 4, 4
     if num_rows <= 32:
-        # Of four stages, two thread blocks would not fit the shared memory of a consumer part.
-        return 32, 128, 4, 4 if target.shared_bytes > _CONSUMER_SHARED_BYTES else 3
+        # Four stages of four warps leave room for one thread block in a consumer part: too few.
+        return (32, 128, 8, 3) if _is_consumer_part(target) else (32, 128, 4, 4)
     if _hoists(problem) and problem.group_size == PLANE and target.name.startswith("sm_12"):
         return 32, 128, 8, 3  # a tile of 64 rows, with a sum for each plane, spills there
     return 64, 128, 8, 3
