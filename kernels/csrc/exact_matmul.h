@@ -28,7 +28,7 @@ QSERVE_INLINE void finish(const PanelJob& job, int64_t row, int64_t column, cons
 }
 
 template <int R>
-void int4_exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane) {
+void int4_exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t) {
   const float* x = job.x + row * job.x_stride;
   const uint8_t* zeros = panel + job.zeros_offset + lane;
   const uint8_t* codes = panel + job.codes_offset + 4 * lane;
@@ -58,7 +58,7 @@ void int4_exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int
 }
 
 template <int R>
-void int8_exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane) {
+void int8_exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t) {
   const float* x = job.x + row * job.x_stride;
   const uint8_t* codes = panel + job.codes_offset + 4 * lane;
   const F bias = set1(128.0f);
@@ -86,9 +86,9 @@ void int8_exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int
 // Blocks of 8 rows are taken in halves: 4 x 4 sums fill the registers.
 
 template <TileFunction Tile>
-void in_halves(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane) {
-  Tile(job, row, panel, column, lane);
-  Tile(job, row + 4, panel, column, lane);
+void in_halves(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t ahead) {
+  Tile(job, row, panel, column, lane, ahead);
+  Tile(job, row + 4, panel, column, lane, ahead);
 }
 
 void int4_exact(const PanelJob& job, const TileRange& range) {

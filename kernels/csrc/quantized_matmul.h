@@ -22,9 +22,15 @@ QSERVE_INLINE void store_outputs(const PanelJob& job, int64_t row, int64_t colum
   }
 }
 
+// Lines of memory that will be needed; an address outside of it is ignored by the machine.
+template <int Count>
+QSERVE_INLINE void prefetch(const uint8_t* p) {
+  each<Count>([&](auto i) QSERVE_INLINE_LAMBDA { __builtin_prefetch(p + 64 * i, 0, 2); });
+}
+
 // For every group: y += s * (sum of sx * dot - z * sum of sx * x); the order of sums follows from K alone.
 template <int R>
-void int4_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane) {
+void int4_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t ahead) {
   const QuantizedRows& q = job.quantized;
   const int64_t subgroups = job.group_size / kActivationGroup;
   const int8_t* codes = q.codes + row * q.padded_k;
@@ -41,6 +47,7 @@ void int4_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t c
     for (int64_t s = 0; s < subgroups; ++s) {
       I dot[R];
       each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = int_zero(); });
+      if (ahead != 0) prefetch<4>(weights + ahead);
       dot_int4<R>(weights, codes, dot);
       each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
         total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
@@ -57,7 +64,7 @@ void int4_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t c
 }
 
 template <int R>
-void int8_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane) {
+void int8_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t ahead) {
   const QuantizedRows& q = job.quantized;
   const int64_t subgroups = job.group_size / kActivationGroup;
   const int8_t* codes = q.codes + row * q.padded_k;
@@ -71,6 +78,7 @@ void int8_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t c
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA { total[r] = zero(); });
     for (int64_t s = 0; s < subgroups; ++s) {
       I dot[R];
+      if (ahead != 0) prefetch<8>(weights + ahead);
       dot_int8<R>(weights, codes, offsets, dot);
       each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
         total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
@@ -86,7 +94,7 @@ void int8_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t c
   each<R>([&](auto r) QSERVE_INLINE_LAMBDA { store_outputs(job, row + r, column, acc[r]); });
 }
 
-using TileFunction = void (*)(const PanelJob&, int64_t, const uint8_t*, int64_t, int);
+using TileFunction = void (*)(const PanelJob&, int64_t, const uint8_t*, int64_t, int, int64_t);
 
 struct TileFunctions {
   TileFunction rows_1, rows_2, rows_4, rows_8;
@@ -96,14 +104,18 @@ QSERVE_INLINE TileFunction tile_for(const TileFunctions& tiles, int rows) {
   return rows == 8 ? tiles.rows_8 : rows == 4 ? tiles.rows_4 : rows == 2 ? tiles.rows_2 : tiles.rows_1;
 }
 
-// A panel stays in the first-level cache while all rows pass by.
+// A panel stays in the first-level cache while all rows pass by. With more than one block of rows, the last block fetches
+// the next panel: the memory would else be idle until the first block waits for it. A single block is left to the machine's
+// own prefetching, which sees one long stream.
 QSERVE_INLINE void run_tiles(const PanelJob& job, const TileRange& range, const TileFunctions& tiles) {
   for (int64_t p = range.panel_begin; p < range.panel_end; ++p) {
     const uint8_t* panel = job.panels + p * job.panel_bytes;
     for (int64_t row = range.row_begin; row < range.row_end;) {
       const int rows = block_rows(job.rows - row);
       const TileFunction tile = tile_for(tiles, rows);
-      for (int lane = 0; lane < kPanel; lane += W) tile(job, row, panel, p * kPanel + lane, lane);
+      const bool last = row != range.row_begin && row + rows == range.row_end;
+      const int64_t ahead = last ? job.panel_bytes : 0;
+      for (int lane = 0; lane < kPanel; lane += W) tile(job, row, panel, p * kPanel + lane, lane, ahead);
       row += rows;
     }
   }
