@@ -103,6 +103,13 @@ def test_no_file_names_a_path_of_somebodys_machine() -> None:
     assert wrong == []
 
 
+def test_every_page_can_be_found_from_the_index() -> None:
+    linked = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    named = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    lost = {name for name in named - {"index.md"} if not name.startswith("decisions/")}
+    assert lost - linked == set()
+
+
 def test_decisions_have_a_number_of_their_own_and_three_parts() -> None:
     found = sorted(DECISIONS.glob("[0-9]*.md"))
     numbers = [int(page.name[:4]) for page in found]
