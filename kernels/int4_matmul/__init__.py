@@ -46,7 +46,7 @@ def prepare(weight: GroupedWeight, device: torch.device = CPU) -> Int4Weight:
     if weight.bits > 4:
         raise ValueError(f"the weight has {weight.bits} bits, expected at most 4")
     backend = choose("int4_matmul", device).backend
-    if backend is Backend.CPU and weight.group_size % cpu.GROUP_MULTIPLE:
+    if weight.group_size % cpu.GROUP_MULTIPLE:  # planar4 has planes of the same 32 inputs
         backend = Backend.REFERENCE
     multiply: Callable[[torch.Tensor, torch.Tensor, Activations], None]
     if backend is Backend.CPU:
