@@ -1,6 +1,6 @@
 """Quantize a model in several ways and append what each costs in quality to docs/benchmarks.
 
-    python benchmarks/quality.py [--model MODEL] [--text FILE] [--keep FOLDER]
+    python benchmarks/quality.py [--model MODEL] [--calibration FILE] [--text FILE]
 
 The default model is that of `qserve demo`, the default text the help that comes with Python.
 """
@@ -12,6 +12,7 @@ import csv
 import datetime
 import os
 import subprocess
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +21,7 @@ from qserve.cli.console import say
 from qserve.cli.demo_model import find_model
 from qserve.quant.evaluate import DEFAULT_NUM_WINDOWS, DEFAULT_SEQ_LEN, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import Method, QuantizeOptions
+from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, Rounding
 from qserve.quant.output import publish
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import ignore_progress
@@ -30,11 +31,10 @@ from qserve.quant.windows import python_topics, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "benchmarks" / "quality.csv"
-CONFIGURATIONS = (
-    (Method.RTN, 64),
-    (Method.AWQ, 64),
-    (Method.RTN, 32),
-    (Method.AWQ, 32),
+WAYS = (
+    ("rtn", Method.RTN, Rounding.NEAREST),
+    ("awq-nearest", Method.AWQ, Rounding.NEAREST),
+    ("awq", Method.AWQ, Rounding.FEEDBACK),
 )
 
 Row = dict[str, str | int | float | None]
@@ -45,6 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What quantization costs in quality.")
     parser.add_argument("--model", help="a float checkpoint; default: the model of qserve demo")
     parser.add_argument("--text", type=Path, help="default: the help that comes with Python")
+    parser.add_argument("--calibration", type=Path, help="default: the text that comes with qserve")
+    parser.add_argument("--group-size", type=int, action="append", help="default: 64 and 32")
     parser.add_argument("--windows", type=int, default=DEFAULT_NUM_WINDOWS)
     parser.add_argument("--seq-len", type=int, default=DEFAULT_SEQ_LEN)
     parser.add_argument("--keep", type=Path, help="leave the checkpoints in this folder")
@@ -55,10 +57,17 @@ def main() -> None:
     source = resolve_model(model, cache=cache, notice=say)
     with TemporaryDirectory(prefix="qserve-quality-") as folder:
         rows = []
-        for method, group_size in CONFIGURATIONS:
-            out = (args.keep or Path(folder)) / f"{method.value}-g{group_size}"
-            report = quantize_to(source, out, QuantizeOptions(method=method, group_size=group_size))
-            rows.append(describe(report, Path(model).stem) | judge(source, out, args))
+        for group_size, (name, method, rounding) in product(args.group_size or (64, 32), WAYS):
+            out = (args.keep or Path(folder)) / f"{name}-g{group_size}"
+            options = QuantizeOptions(
+                method=method,
+                group_size=group_size,
+                rounding=rounding,
+                calibration=args.calibration or CalibrationSource.BUILT_IN,
+            )
+            report = quantize_to(source, out, options)
+            described = {"model": Path(model).stem, "way": name} | describe(report)
+            rows.append(described | judge(source, out, args))
             print(rows[-1], flush=True)
     if not args.no_rows:
         append(rows)
@@ -70,12 +79,10 @@ def quantize_to(source: Checkpoint, out: Path, options: QuantizeOptions) -> Quan
         return quantize(source, folder, options, ignore_progress)
 
 
-def describe(report: QuantizationReport, model: str) -> Row:
+def describe(report: QuantizationReport) -> Row:
     """The columns that say what was done."""
     windows = report.calibration
     return {
-        "model": model,
-        "method": report.method,
         "bits": report.bits,
         "group_size": report.group_size,
         "bits_per_weight": round(report.sizes.bits_per_weight, 3),
@@ -83,6 +90,7 @@ def describe(report: QuantizationReport, model: str) -> Row:
         if windows
         else "none",
         "quantize_s": round(report.seconds, 1),
+        "peak_mib": report.peak_memory_bytes // 2**20,
     }
 
 
