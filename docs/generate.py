@@ -20,7 +20,13 @@ WIDTH = 100  # so that the pages do not depend on who runs this
 
 def command_line() -> str:
     """The page about the command line: every command's own help, and the exit codes."""
-    context = click.Context(cli, info_name=PROGRAM, terminal_width=WIDTH, max_content_width=WIDTH)
+    context = click.Context(
+        cli,
+        info_name=PROGRAM,
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
+        **cli.context_settings,  # not applied by itself to a context that is made by hand
+    )
     parts = [
         "# Command line",
         "Written by `make docs` from the commands' own help: change it there.",
