@@ -25,6 +25,8 @@ constexpr int kMaxThreads = 256;
 void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
 #endif
 }
 
