@@ -17,11 +17,15 @@ class Activations(Enum):
 
     INT8: every row is rounded to int8 with a scale for each group of 32 inputs, and dot products
     are integer. FLOAT32: activations stay as they are and weights are dequantized in registers:
-    exact up to summation order.
+    exact up to summation order. INT8_TOKEN: rounded to int8 with one scale a row, which is what a
+    checkpoint with int8 activations was made for. FLOAT8_TOKEN: rounded to float8 e4m3 with one
+    scale a row, max(abs(row)) / 448.
     """
 
     INT8 = "int8"
     FLOAT32 = "float32"
+    INT8_TOKEN = "int8-token"
+    FLOAT8_TOKEN = "float8-token"
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

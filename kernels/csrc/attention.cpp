@@ -60,7 +60,7 @@ Amount check(const AttentionJob& job, const RaggedBatch& batch) {
 class Attention {
  public:
   Attention(const AttentionJob& job, const RaggedBatch& batch, const Amount& amount)
-      : job_(job), batch_(batch), amount_(amount), table_(kernels()), heads_(job.heads_per_kv),
+      : job_(job), batch_(batch), amount_(amount), table_(kernels().attention), heads_(job.heads_per_kv),
         width_(job.cache.head_dim) {
     const int64_t rows = amount.decode_splits * heads_;
     Pieces pieces(scratch(ScratchUse::kCall, Pieces::size<Task>(amount.chunks) + Pieces::size<Task>(amount.decode_splits) +
@@ -146,7 +146,7 @@ class Attention {
   const AttentionJob& job_;
   const RaggedBatch& batch_;
   const Amount& amount_;
-  const KernelTable& table_;
+  const AttentionKernels& table_;
   const int64_t heads_, width_;
   Task* chunks_;
   Task* splits_;

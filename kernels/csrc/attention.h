@@ -4,6 +4,7 @@
 // way: splits begin at multiples of kSplit, each is reduced on its own, and they are merged from the first to the last.
 #pragma once
 
+#include "attention_kernels.h"
 #include "simd.h"
 
 namespace qserve::QSERVE_NAMESPACE {

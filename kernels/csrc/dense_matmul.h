@@ -1,6 +1,7 @@
 // Products of float rows with panels of 16-bit or 32-bit floats.
 #pragma once
 
+#include "matmul_kernels.h"
 #include "simd.h"
 
 namespace qserve::QSERVE_NAMESPACE {

@@ -6,6 +6,12 @@
 namespace qserve {
 namespace {
 
+const KernelTable kPortable{"portable", portable::kMatmulKernels, portable::kAttentionKernels, portable::kRowKernels};
+#if defined(QSERVE_X86)
+const KernelTable kAvx2{"avx2", avx2::kMatmulKernels, avx2::kAttentionKernels, avx2::kRowKernels};
+const KernelTable kAvx512{"avx512-vnni", avx512::kMatmulKernels, avx512::kAttentionKernels, avx512::kRowKernels};
+#endif
+
 std::vector<const KernelTable*> find_tables() {
   std::vector<const KernelTable*> tables;
 #if defined(QSERVE_X86)
@@ -14,10 +20,10 @@ std::vector<const KernelTable*> find_tables() {
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni"))
-    tables.push_back(&avx512::kTable);
-  if (avx2) tables.push_back(&avx2::kTable);
+    tables.push_back(&kAvx512);
+  if (avx2) tables.push_back(&kAvx2);
 #endif
-  tables.push_back(&portable::kTable);
+  tables.push_back(&kPortable);
   return tables;
 }
 

@@ -123,7 +123,7 @@ void PanelWeight::multiply(const float* x, int64_t x_stride, int64_t rows, float
 }
 
 void PanelWeight::multiply_some(PanelJob& job, bool quantized) const {
-  const KernelTable& table = kernels();
+  const MatmulKernels& table = kernels().matmul;
   if (!quantized) {
     run_tiles(job, num_panels_, bits_ == 4 ? table.int4_exact : table.int8_exact);
     return;
@@ -188,7 +188,7 @@ void DenseWeight::multiply(const float* x, int64_t x_stride, int64_t rows, float
   job.rows = rows;
   job.out = out;
   job.out_stride = out_stride;
-  run_tiles(job, num_panels_, kernels().dense);
+  run_tiles(job, num_panels_, kernels().matmul.dense);
 }
 
 }  // namespace qserve

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "kernel_table.h"
+#include "matmul_kernels.h"
 
 namespace qserve {
 

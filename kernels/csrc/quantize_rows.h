@@ -1,6 +1,7 @@
 // Rows of activations rounded to int8, in the order in which the products read them.
 #pragma once
 
+#include "matmul_kernels.h"
 #include "simd.h"
 
 namespace qserve::QSERVE_NAMESPACE {

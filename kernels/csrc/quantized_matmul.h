@@ -1,6 +1,7 @@
 // Products of int8 rows with panels of 4-bit or 8-bit codes.
 #pragma once
 
+#include "matmul_kernels.h"
 #include "simd.h"
 
 namespace qserve::QSERVE_NAMESPACE {

@@ -1,12 +1,9 @@
-// The ops on rows of a batch: norm, activation, rotation and store, attention.
+// The ops that know sequences: rotation and store into the cache, attention over it.
 #pragma once
 
-#include "kernel_table.h"
+#include "attention_kernels.h"
 
 namespace qserve {
-
-void rms_norm(const NormJob& job, int64_t rows);
-void silu_mul(const SiluJob& job, int64_t rows);
 
 // Throws std::invalid_argument for a position outside the table or a slot outside the cache.
 void rope_and_store(const RopeJob& job, int64_t num_tokens, int64_t max_positions);

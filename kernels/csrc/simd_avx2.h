@@ -3,12 +3,11 @@
 
 #include <immintrin.h>
 
-#include "kernel_table.h"
+#include "layout.h"
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
 
-constexpr const char* kName = "avx2";
 constexpr int W = 8;
 constexpr int kDenseRows = 3;
 constexpr int kDenseVectors = 4;

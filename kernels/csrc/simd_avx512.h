@@ -3,12 +3,11 @@
 
 #include <immintrin.h>
 
-#include "kernel_table.h"
+#include "layout.h"
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
 
-constexpr const char* kName = "avx512-vnni";
 constexpr int W = 16;
 constexpr int kDenseRows = 6;  // register tile of the float matmul: rows x vectors of outputs
 constexpr int kDenseVectors = 4;

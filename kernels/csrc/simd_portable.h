@@ -1,14 +1,13 @@
 // Vectors of 16 lanes as four of 4, in the vector types that GCC and Clang have for every machine (SSE2, NEON, ...).
 #pragma once
 
-#include "kernel_table.h"
+#include "layout.h"
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "codes are read four at a time, the first in the low byte");
 
-constexpr const char* kName = "portable";
 constexpr int W = 16;
 constexpr int kDenseRows = 2;
 constexpr int kDenseVectors = 1;

@@ -12,7 +12,7 @@ GROUP_MULTIPLE = 32
 
 
 class Panels:
-    """A weight in the native layout (kernels/csrc/kernel_table.h): panels of 16 outputs, each one
+    """A weight in the native layout (kernels/csrc/matmul_kernels.h): panels of 16 outputs, each one
     run of memory."""
 
     __slots__ = ("_run", "nbytes")

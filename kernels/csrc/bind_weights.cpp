@@ -1,0 +1,64 @@
+#include "bind.h"
+#include "matmul.h"
+
+namespace nb = nanobind;
+
+namespace qserve {
+namespace {
+
+struct Int4Weight : PanelWeight {
+  Int4Weight(int64_t n, int64_t k, int64_t group, bool wide) : PanelWeight(4, n, k, group, wide) {}
+};
+
+struct Int8Weight : PanelWeight {
+  Int8Weight(int64_t n, int64_t k, int64_t group, bool wide) : PanelWeight(8, n, k, group, wide) {}
+};
+
+void multiply(const PanelWeight& weight, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t out, int64_t out_stride,
+              bool quantized) {
+  Program::run_or_note(
+      [=, &weight] { weight.multiply(at<const float>(x), x_stride, rows, at<float>(out), out_stride, quantized); });
+}
+
+}  // namespace
+
+void bind_weights(nb::module_& m) {
+  nb::class_<PanelWeight>(m, "PanelWeight")
+      .def_prop_ro("nbytes", &PanelWeight::nbytes)
+      .def("run", &multiply, Released());
+  nb::class_<Int4Weight, PanelWeight>(m, "Int4Weight")
+      .def(nb::init<int64_t, int64_t, int64_t, bool>())
+      .def(
+          "pack",
+          [](Int4Weight& w, uintptr_t codes, uintptr_t scales, uintptr_t zero_points) {
+            w.pack(at<const uint8_t>(codes), at<const float>(scales), at<const uint8_t>(zero_points));
+          },
+          Released());
+  nb::class_<Int8Weight, PanelWeight>(m, "Int8Weight")
+      .def(nb::init<int64_t, int64_t, int64_t, bool>())
+      .def(
+          "pack",
+          [](Int8Weight& w, uintptr_t codes, uintptr_t scales) {
+            w.pack(at<const uint8_t>(codes), at<const float>(scales), nullptr);
+          },
+          Released());
+  nb::enum_<FloatType>(m, "FloatType")
+      .value("FLOAT32", FloatType::kFloat32)
+      .value("FLOAT16", FloatType::kFloat16)
+      .value("BFLOAT16", FloatType::kBfloat16);
+  nb::class_<DenseWeight>(m, "DenseWeight")
+      .def(nb::init<int64_t, int64_t, FloatType>())
+      .def_prop_ro("nbytes", &DenseWeight::nbytes)
+      .def(
+          "pack", [](DenseWeight& w, uintptr_t from) { w.pack(at<const void>(from)); },
+          Released())
+      .def(
+          "run",
+          [](const DenseWeight& w, uintptr_t x, int64_t x_stride, int64_t rows, uintptr_t out, int64_t out_stride) {
+            Program::run_or_note(
+                [=, &w] { w.multiply(at<const float>(x), x_stride, rows, at<float>(out), out_stride); });
+          },
+          Released());
+}
+
+}  // namespace qserve

@@ -1,0 +1,12 @@
+#include "rows.h"
+
+#include "dispatch.h"
+#include "row_tasks.h"
+
+namespace qserve {
+
+void rms_norm(const NormJob& job, int64_t rows) { run_rows(job, rows, job.width, kernels().rows.rms_norm); }
+
+void silu_mul(const SiluJob& job, int64_t rows) { run_rows(job, rows, 2 * job.width, kernels().rows.silu_mul); }
+
+}  // namespace qserve
