@@ -12,8 +12,8 @@ import torch
 class GroupedWeight:
     """Integer codes of a linear layer, with a scale and a zero point for each group of inputs.
 
-    ``weight[n, order[k]] = channel[n] * scales[n, k // G] * (codes[n, k] - zero_points[n, k // G])``
-    where ``order`` is ``input_order`` and ``channel`` is ``channel_scales``; both may be absent.
+    ``weight[n, order[k]] = (codes[n, k] - zero_points[n, k // G]) * scales[n, k // G] * outer[n]``
+    where ``order`` is ``input_order`` and ``outer`` is ``channel_scales``; both may be absent.
 
     codes: uint8 ``[out_features, in_features]``, values in ``[0, 2**bits)``, bits in 2, 3, 4, 8.
     scales: float16, bfloat16 or float32 ``[out_features, in_features / group_size]``; may be
