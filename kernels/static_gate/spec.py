@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""How Triton writes a dtype in the type of an argument."""
+
 
 @dataclass(frozen=True, slots=True)
 class Promises:
