@@ -23,8 +23,12 @@ void multiply(const PanelWeight& weight, uintptr_t x, int64_t x_stride, int64_t 
 }  // namespace
 
 void bind_weights(nb::module_& m) {
-  nb::class_<PanelWeight>(m, "PanelWeight")
-      .def_prop_ro("nbytes", &PanelWeight::nbytes)
+  nb::class_<PackedWeight>(m, "PackedWeight")
+      .def_prop_ro("nbytes", &PackedWeight::nbytes)
+      .def_prop_ro("address", [](const PackedWeight& w) { return reinterpret_cast<uintptr_t>(w.data()); })
+      .def("allocate", [](PackedWeight& w) { return reinterpret_cast<uintptr_t>(w.allocate()); })
+      .def("attach", [](PackedWeight& w, uintptr_t data) { w.attach(at<uint8_t>(data)); });
+  nb::class_<PanelWeight, PackedWeight>(m, "PanelWeight")
       .def("run", &multiply, Released());
   nb::class_<Int4Weight, PanelWeight>(m, "Int4Weight")
       .def(nb::init<int64_t, int64_t, int64_t, bool>())
@@ -46,9 +50,8 @@ void bind_weights(nb::module_& m) {
       .value("FLOAT32", FloatType::kFloat32)
       .value("FLOAT16", FloatType::kFloat16)
       .value("BFLOAT16", FloatType::kBfloat16);
-  nb::class_<DenseWeight>(m, "DenseWeight")
-      .def(nb::init<int64_t, int64_t, FloatType>())
-      .def_prop_ro("nbytes", &DenseWeight::nbytes)
+  nb::class_<DenseWeight, PackedWeight>(m, "DenseWeight")
+      .def("__init__", [](DenseWeight* w, int64_t n, int64_t k, int type) { new (w) DenseWeight(n, k, FloatType(type)); })
       .def(
           "pack", [](DenseWeight& w, uintptr_t from) { w.pack(at<const void>(from)); },
           Released())

@@ -7,7 +7,6 @@
 #include "dispatch.h"
 #include "pool.h"
 #include "scratch.h"
-#include "weight_memory.h"
 
 namespace qserve {
 namespace {
@@ -70,18 +69,16 @@ PanelWeight::PanelWeight(int bits, int64_t out_features, int64_t in_features, in
   job_.zeros_offset = scale_bytes;
   job_.codes_offset = round_up(scale_bytes + (bits == 4 ? job_.num_groups * kPanel : 0), 64);
   job_.panel_bytes = job_.codes_offset + padded_k_ * kPanel * bits / 8;
+  set_nbytes(num_panels_ * job_.panel_bytes);
 }
-
-int64_t PanelWeight::nbytes() const { return num_panels_ * job_.panel_bytes; }
 
 void PanelWeight::pack(const uint8_t* codes, const float* scales, const uint8_t* zero_points) {
-  memory_ = allocate_weight(nbytes());
-  job_.panels = memory_.get();
-  run_tasks(num_panels_, [&](int64_t panel) { pack_panel(panel, codes, scales, zero_points); });
+  uint8_t* panels = allocate();
+  run_tasks(num_panels_, [&](int64_t p) { pack_panel(panels + p * job_.panel_bytes, p, codes, scales, zero_points); });
 }
 
-void PanelWeight::pack_panel(int64_t p, const uint8_t* codes, const float* scales, const uint8_t* zero_points) const {
-  uint8_t* panel = memory_.get() + p * job_.panel_bytes;
+void PanelWeight::pack_panel(uint8_t* panel, int64_t p, const uint8_t* codes, const float* scales,
+                             const uint8_t* zero_points) const {
   std::memset(panel, 0, job_.panel_bytes);
   if (bits_ == 8) std::memset(panel + job_.codes_offset, 128, padded_k_ * kPanel);  // zeros, with the bias
   for (int64_t lane = 0; lane < std::min(kPanel, job_.out_features - p * kPanel); ++lane) {
@@ -112,6 +109,7 @@ void PanelWeight::pack_panel(int64_t p, const uint8_t* codes, const float* scale
 void PanelWeight::multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride,
                            bool quantized) const {
   PanelJob job = job_;
+  job.panels = data();
   job.x_stride = x_stride;
   job.out_stride = out_stride;
   for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
@@ -152,10 +150,7 @@ DenseWeight::DenseWeight(int64_t out_features, int64_t in_features, FloatType ty
   job_.type = type;
   job_.k = in_features;
   job_.out_features = out_features;
-}
-
-int64_t DenseWeight::nbytes() const {
-  return num_panels_ * kPanel * job_.k * (job_.type == FloatType::kFloat32 ? 4 : 2);
+  set_nbytes(num_panels_ * kPanel * job_.k * (type == FloatType::kFloat32 ? 4 : 2));
 }
 
 template <typename T>
@@ -170,19 +165,17 @@ static void pack_floats(T* to, const T* from, int64_t num_panels, int64_t out_fe
 }
 
 void DenseWeight::pack(const void* weight) {
-  memory_ = allocate_weight(nbytes());
-  job_.panels = memory_.get();
+  uint8_t* panels = allocate();
   if (job_.type == FloatType::kFloat32) {
-    pack_floats(reinterpret_cast<uint32_t*>(memory_.get()), static_cast<const uint32_t*>(weight), num_panels_, job_.out_features,
-                job_.k);
+    pack_floats(reinterpret_cast<uint32_t*>(panels), static_cast<const uint32_t*>(weight), num_panels_, job_.out_features, job_.k);
   } else {
-    pack_floats(reinterpret_cast<uint16_t*>(memory_.get()), static_cast<const uint16_t*>(weight), num_panels_, job_.out_features,
-                job_.k);
+    pack_floats(reinterpret_cast<uint16_t*>(panels), static_cast<const uint16_t*>(weight), num_panels_, job_.out_features, job_.k);
   }
 }
 
 void DenseWeight::multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride) const {
   DenseJob job = job_;
+  job.panels = data();
   job.x = x;
   job.x_stride = x_stride;
   job.rows = rows;

@@ -1,19 +1,16 @@
 // Weights in panels, and products with them.
 #pragma once
 
-#include <memory>
-
 #include "matmul_kernels.h"
+#include "weight_memory.h"
 
 namespace qserve {
 
 // A 4-bit or 8-bit weight.
-class PanelWeight {
+class PanelWeight : public PackedWeight {
  public:
   // Throws std::invalid_argument for sizes that do not fit the layout.
   PanelWeight(int bits, int64_t out_features, int64_t in_features, int64_t group_size, bool wide);
-
-  int64_t nbytes() const;
 
   // Makes the panels. codes [N][K], one a byte (int8 codes as they are), scales [N][groups]; zero_points [N][groups] for 4 bits,
   // else null. Throws std::bad_alloc.
@@ -23,21 +20,18 @@ class PanelWeight {
   void multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride, bool quantized) const;
 
  private:
-  void pack_panel(int64_t panel, const uint8_t* codes, const float* scales, const uint8_t* zero_points) const;
+  void pack_panel(uint8_t* panel, int64_t index, const uint8_t* codes, const float* scales, const uint8_t* zero_points) const;
   void multiply_some(PanelJob& job, bool quantized) const;
 
   int bits_;
   int64_t num_panels_, padded_k_;
-  std::shared_ptr<uint8_t[]> memory_;
   PanelJob job_{};
 };
 
 // A float weight.
-class DenseWeight {
+class DenseWeight : public PackedWeight {
  public:
   DenseWeight(int64_t out_features, int64_t in_features, FloatType type);
-
-  int64_t nbytes() const;
 
   // Makes the panels. weight [N][K]. Throws std::bad_alloc.
   void pack(const void* weight);
@@ -46,7 +40,6 @@ class DenseWeight {
 
  private:
   int64_t num_panels_;
-  std::shared_ptr<uint8_t[]> memory_;
   DenseJob job_{};
 };
 

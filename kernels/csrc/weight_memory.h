@@ -13,4 +13,31 @@ namespace qserve {
 // them all, and prefetching stops at the end of a page. Throws std::bad_alloc.
 std::shared_ptr<uint8_t[]> allocate_weight(size_t bytes);
 
+// A weight in the layout of its kernels, all of it in one run of memory: what the constructor was told and these bytes make the
+// same weight again, in another process and on any instruction set. So a layout holds no address, and nothing of a weight (bias,
+// order of inputs) lies elsewhere.
+class PackedWeight {
+ public:
+  int64_t nbytes() const { return nbytes_; }
+
+  // The layout; null before there is one.
+  const uint8_t* data() const { return memory_.get(); }
+
+  // Takes memory of nbytes(), for the layout to be written to. Throws std::bad_alloc.
+  uint8_t* allocate() {
+    memory_ = allocate_weight(nbytes_);
+    return memory_.get();
+  }
+
+  // Runs on a layout that lies elsewhere, on a 64-byte boundary, for as long as this lives.
+  void attach(uint8_t* data) { memory_ = {std::shared_ptr<void>(), data}; }
+
+ protected:
+  void set_nbytes(int64_t nbytes) { nbytes_ = nbytes; }  // by the constructor
+
+ private:
+  int64_t nbytes_ = 0;
+  std::shared_ptr<uint8_t[]> memory_;
+};
+
 }  // namespace qserve

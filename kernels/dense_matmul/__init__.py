@@ -10,9 +10,10 @@ import torch
 
 from qserve.kernels.backend import Backend, choose
 from qserve.kernels.dense_matmul import cpu, reference
+from qserve.kernels.native_weight import NativeWeight
 from qserve.kernels.rows import check_output, check_rows
 
-__all__ = ["DenseWeight", "dense_matmul", "prepare"]
+__all__ = ["DenseWeight", "dense_matmul", "from_native", "prepare"]
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -22,7 +23,7 @@ class DenseWeight:
     """A float weight in the layout of the backend that multiplies with it.
 
     nbytes: memory the layout takes. multiply: writes the product of its first argument to its
-    second; both are checked by ``dense_matmul`` before.
+    second; both are checked by ``dense_matmul`` before. native: the layout on a CPU.
     """
 
     in_features: int
@@ -31,6 +32,7 @@ class DenseWeight:
     nbytes: int
     backend: Backend
     multiply: Callable[[torch.Tensor, torch.Tensor], None]
+    native: NativeWeight | None = None
 
 
 def prepare(weight: torch.Tensor) -> DenseWeight:
@@ -43,19 +45,29 @@ def prepare(weight: torch.Tensor) -> DenseWeight:
     if weight.dim() != 2:
         raise ValueError(f"the weight has shape {tuple(weight.shape)}, expected [N, K]")
     backend = choose("dense_matmul", weight.device).backend
-    multiply: Callable[[torch.Tensor, torch.Tensor], None]
     if backend is Backend.CPU:
-        panels = cpu.Panels(weight)
-        multiply, nbytes = panels.multiply, panels.nbytes
-    else:
-        multiply, nbytes = partial(_run_reference, weight), weight.nbytes
+        return from_native(cpu.pack(weight))
     return DenseWeight(
         in_features=weight.size(1),
         out_features=weight.size(0),
         dtype=weight.dtype,
-        nbytes=nbytes,
+        nbytes=weight.nbytes,
         backend=backend,
-        multiply=multiply,
+        multiply=partial(_run_reference, weight),
+    )
+
+
+def from_native(native: NativeWeight) -> DenseWeight:
+    """The weight that lies in a native layout, packed here or attached."""
+    out_features, in_features, float_type = native.sizes
+    return DenseWeight(
+        in_features=in_features,
+        out_features=out_features,
+        dtype=cpu.TYPES[float_type],
+        nbytes=native.nbytes,
+        backend=Backend.CPU,
+        multiply=partial(cpu.multiply, native),
+        native=native,
     )
 
 

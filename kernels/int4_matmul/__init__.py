@@ -13,9 +13,10 @@ from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int4_matmul import cpu, reference
 from qserve.kernels.int4_matmul.planar4 import Planar4Weight, pack_planar4
+from qserve.kernels.native_weight import NativeWeight
 from qserve.kernels.rows import check_output, check_rows
 
-__all__ = ["Activations", "Int4Weight", "int4_matmul", "prepare"]
+__all__ = ["Activations", "Int4Weight", "from_native", "int4_matmul", "prepare"]
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,7 @@ class Int4Weight:
     """A 4-bit weight in the layout of the backend that multiplies with it.
 
     nbytes: memory the layout takes. multiply: writes the product of its first argument to its
-    second; both are checked by ``int4_matmul`` before.
+    second; both are checked by ``int4_matmul`` before. native: the layout on a CPU.
     """
 
     in_features: int
@@ -34,6 +35,7 @@ class Int4Weight:
     nbytes: int
     backend: Backend
     multiply: Callable[[torch.Tensor, torch.Tensor, Activations], None]
+    native: NativeWeight | None = None
 
 
 def prepare(weight: GroupedWeight, device: torch.device = CPU) -> Int4Weight:
@@ -48,11 +50,10 @@ def prepare(weight: GroupedWeight, device: torch.device = CPU) -> Int4Weight:
     backend = choose("int4_matmul", device).backend
     if weight.group_size % cpu.GROUP_MULTIPLE:  # planar4 has planes of the same 32 inputs
         backend = Backend.REFERENCE
-    multiply: Callable[[torch.Tensor, torch.Tensor, Activations], None]
     if backend is Backend.CPU:
-        panels = cpu.Panels(weight)
-        multiply, nbytes = panels.multiply, panels.nbytes
-    elif backend is Backend.TRITON:
+        return from_native(cpu.pack(weight))
+    multiply: Callable[[torch.Tensor, torch.Tensor, Activations], None]
+    if backend is Backend.TRITON:
         packed = pack_planar4(_move(weight, device))
         multiply = partial(_run_kernel, load_kernel("int4_matmul").int4_matmul, packed)
         nbytes = packed.words.nbytes + packed.parameters.nbytes
@@ -66,6 +67,20 @@ def prepare(weight: GroupedWeight, device: torch.device = CPU) -> Int4Weight:
         nbytes=nbytes,
         backend=backend,
         multiply=multiply,
+    )
+
+
+def from_native(native: NativeWeight) -> Int4Weight:
+    """The weight that lies in a native layout, packed here or attached."""
+    out_features, in_features, group_size, _ = native.sizes
+    return Int4Weight(
+        in_features=in_features,
+        out_features=out_features,
+        group_size=group_size,
+        nbytes=native.nbytes,
+        backend=Backend.CPU,
+        multiply=partial(cpu.multiply, native),
+        native=native,
     )
 
 

@@ -11,9 +11,10 @@ import torch
 from qserve.kernels.activations import MAX_CODE, Activations
 from qserve.kernels.backend import Backend, choose
 from qserve.kernels.int8_matmul import cpu, reference
+from qserve.kernels.native_weight import NativeWeight
 from qserve.kernels.rows import check_output, check_rows
 
-__all__ = ["Activations", "Int8Weight", "int8_matmul", "prepare", "quantize_int8"]
+__all__ = ["Activations", "Int8Weight", "from_native", "int8_matmul", "prepare", "quantize_int8"]
 
 DEFAULT_GROUP_SIZE = 64
 ROWS_AT_ONCE = 256
@@ -26,7 +27,7 @@ class Int8Weight:
     """An 8-bit weight in the layout of the backend that multiplies with it.
 
     nbytes: memory the layout takes. multiply: writes the product of its first argument to its
-    second; both are checked by ``int8_matmul`` before.
+    second; both are checked by ``int8_matmul`` before. native: the layout on a CPU.
     """
 
     in_features: int
@@ -35,6 +36,7 @@ class Int8Weight:
     nbytes: int
     backend: Backend
     multiply: Callable[[torch.Tensor, torch.Tensor, Activations], None]
+    native: NativeWeight | None = None
 
 
 def quantize_int8(weight: torch.Tensor, group_size: int = DEFAULT_GROUP_SIZE) -> Int8Weight:
@@ -78,21 +80,31 @@ def prepare(codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> Int8W
     backend = choose("int8_matmul", codes.device).backend
     if backend is Backend.CPU and group_size % cpu.GROUP_MULTIPLE:
         backend = Backend.REFERENCE
-    multiply: Callable[[torch.Tensor, torch.Tensor, Activations], None]
     if backend is Backend.CPU:
-        panels = cpu.Panels(codes, scales, group_size)
-        multiply, nbytes = panels.multiply, panels.nbytes
-    else:
-        spread = scales.float().repeat_interleave(group_size, 1)[:, :in_features]
-        dense = codes.float() * spread
-        multiply, nbytes = partial(_run_reference, dense), dense.nbytes
+        return from_native(cpu.pack(codes, scales, group_size))
+    spread = scales.float().repeat_interleave(group_size, 1)[:, :in_features]
+    dense = codes.float() * spread
     return Int8Weight(
         in_features=in_features,
         out_features=out_features,
         group_size=group_size,
-        nbytes=nbytes,
+        nbytes=dense.nbytes,
         backend=backend,
-        multiply=multiply,
+        multiply=partial(_run_reference, dense),
+    )
+
+
+def from_native(native: NativeWeight) -> Int8Weight:
+    """The weight that lies in a native layout, packed here or attached."""
+    out_features, in_features, group_size, _ = native.sizes
+    return Int8Weight(
+        in_features=in_features,
+        out_features=out_features,
+        group_size=group_size,
+        nbytes=native.nbytes,
+        backend=Backend.CPU,
+        multiply=partial(cpu.multiply, native),
+        native=native,
     )
 
 

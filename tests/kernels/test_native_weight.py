@@ -1,0 +1,74 @@
+"""A packed weight lives on as the bytes of its layout: copied, or attached where they lie."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qserve.kernels import dense_matmul, int4_matmul, int8_matmul
+from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.kernels.native_weight import NativeWeight
+
+OUTPUTS, INPUTS, GROUP_SIZE = 40, 96, 32
+
+generator = torch.Generator().manual_seed(0)
+X = torch.randn(3, INPUTS, generator=generator)
+GROUPS = (OUTPUTS, INPUTS // GROUP_SIZE)
+
+
+def pack_int4() -> int4_matmul.Int4Weight:
+    codes = torch.randint(0, 16, (OUTPUTS, INPUTS), generator=generator).byte()
+    scales = torch.rand(GROUPS, generator=generator)
+    zeros = torch.randint(0, 16, GROUPS, generator=generator).byte()
+    return int4_matmul.prepare(GroupedWeight(codes, scales, zeros, 4, GROUP_SIZE))
+
+
+def pack_int8() -> int8_matmul.Int8Weight:
+    return int8_matmul.quantize_int8(torch.randn(OUTPUTS, INPUTS, generator=generator))
+
+
+def pack_dense() -> dense_matmul.DenseWeight:
+    return dense_matmul.prepare(torch.randn(OUTPUTS, INPUTS, generator=generator).bfloat16())
+
+
+CASES = [
+    (pack_int4, int4_matmul.from_native, int4_matmul.int4_matmul),
+    (pack_int8, int8_matmul.from_native, int8_matmul.int8_matmul),
+    (pack_dense, dense_matmul.from_native, dense_matmul.dense_matmul),
+]
+
+
+def read_layout(native: NativeWeight) -> bytes:
+    return ctypes.string_at(native.address, native.nbytes)
+
+
+@pytest.mark.parametrize(("pack", "from_native", "multiply"), CASES)
+@pytest.mark.parametrize("attached", [True, False])
+def test_the_bytes_of_a_layout_make_the_same_weight_again(
+    pack: Callable[[], int4_matmul.Int4Weight],
+    from_native: Callable[[NativeWeight], int4_matmul.Int4Weight],
+    multiply: Callable[..., torch.Tensor],
+    attached: bool,
+) -> None:
+    weight = pack()
+    assert weight.native is not None
+    expected, layout = multiply(X, weight), read_layout(weight.native)
+    copy = NativeWeight(weight.native.kind, weight.native.sizes)
+    assert copy.nbytes == len(layout)
+    if attached:
+        memory = torch.empty(copy.nbytes + 64, dtype=torch.uint8)
+        address = memory.data_ptr() + -memory.data_ptr() % 64
+        copy.attach(address, memory)
+    else:
+        address = copy.allocate()
+    ctypes.memmove(address, layout, len(layout))
+    assert copy.address == address
+    del weight
+    again = from_native(copy)
+    assert (again.in_features, again.out_features) == (INPUTS, OUTPUTS)
+    assert torch.equal(multiply(X, again), expected)
+    ctypes.memset(address, 0, len(layout))
+    assert not torch.equal(multiply(X, again), expected), "it does not read the memory"
