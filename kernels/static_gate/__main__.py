@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from qserve.kernels.gpu_target import TARGETS, GpuTarget
-from qserve.kernels.static_gate.catalogue import production_kernels
+from qserve.kernels.static_gate.catalogue import FAMILIES, production_kernels
 from qserve.kernels.static_gate.compilation import inspect_kernel
+from qserve.kernels.static_gate.fingerprint import fingerprint
 from qserve.kernels.static_gate.report import Report, as_record, broken_promises
 from qserve.kernels.static_gate.spec import KernelSpec
-from qserve.kernels.static_gate.table import line, markdown, replace_table
+from qserve.kernels.static_gate.table import Row, line, page, page_path, read_page, row
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,35 +27,57 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in names if name not in TARGETS]:
         print(f"unknown targets {unknown}: expected some of {', '.join(TARGETS)}", file=sys.stderr)
         return 2
-    reports: list[Report] = []
+    if options.pages:
+        return 1 if sum(_write_page(options.pages, family) for family in FAMILIES) else 0
     records: list[dict[str, Any]] = []
     for target in (TARGETS[name] for name in names):
         for spec in production_kernels(target):
             if options.kernels in spec.name and (spec.is_core or not options.core):
-                records.append(_judge(spec, target, reports))
+                records.append(_record(spec, target))
     num_failed = sum(bool(record["broken"]) for record in records)
     if options.json:
         options.json.write_text(json.dumps(records, indent=1))
-    if options.markdown:
-        print(markdown(reports))
-    if options.page:
-        page = options.page.read_text(encoding="utf-8")
-        options.page.write_text(replace_table(page, markdown(reports)), encoding="utf-8")
     print(f"{len(records)} kernels, {num_failed} failed", file=sys.stderr)
     return 1 if num_failed else 0
 
 
-def _judge(spec: KernelSpec, target: GpuTarget, reports: list[Report]) -> dict[str, Any]:
+def _record(spec: KernelSpec, target: GpuTarget) -> dict[str, Any]:
+    report, broken = _judge(spec, target)
+    known = as_record(report) if report else {"kernel": spec.name, "target": target.name}
+    return known | {"broken": broken}
+
+
+def _judge(spec: KernelSpec, target: GpuTarget) -> tuple[Report | None, list[str]]:
+    """The report on ``spec``, None if it does not compile, and what it breaks; told on the way."""
     try:
         report = inspect_kernel(spec, target)
     except Exception as error:  # whatever the compiler raises: the other kernels still count
         message = f"does not compile: {type(error).__name__}: {error}"
         print(f"{target.name:7} {spec.name} FAIL: {message}", file=sys.stderr)
-        return {"kernel": spec.name, "target": target.name, "broken": [message]}
+        return None, [message]
     broken = broken_promises(report, spec)
-    reports.append(report)
     print(line(report, broken), file=sys.stderr, flush=True)
-    return as_record(report) | {"broken": broken}
+    return report, broken
+
+
+def _write_page(folder: Path, family: str) -> int:
+    """Brings the page of ``family`` up to date: the number of kernels that fail, whose rows are
+    left out. Only what has changed since the page was written is compiled."""
+    path = page_path(folder, family)
+    written = {(*cells[:3], cells[-1]): cells for cells in read_page(path)}
+    rows: list[Row] = []
+    num_failed = 0
+    for target in TARGETS.values():
+        for spec in FAMILIES[family](target):
+            inputs = fingerprint(spec)
+            known = written.get((spec.name, target.name, spec.tile, inputs))
+            if known is None:
+                report, broken = _judge(spec, target)
+                num_failed += bool(broken)
+                known = row(report, inputs) if report and not broken else None
+            rows += [known] if known else []
+    path.write_text(page(family, rows), encoding="utf-8")
+    return num_failed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,8 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernels", default="", metavar="TEXT", help="only names that hold TEXT")
     parser.add_argument("--core", action="store_true", help="only the few of every test run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every count to FILE")
-    parser.add_argument("--markdown", action="store_true", help="print a table to stdout")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="replace the table in FILE")
+    parser.add_argument(
+        "--pages",
+        type=Path,
+        metavar="FOLDER",
+        help="bring the pages in FOLDER up to date, compiling what has changed",
+    )
     return parser
 
 

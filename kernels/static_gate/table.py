@@ -1,9 +1,9 @@
-"""Reports as text: a line for a terminal, a table for a page, and that table read back."""
+"""Reports as text: a line for a terminal, a page with a table, and that table read back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import takewhile
+from pathlib import Path
 
 from qserve.kernels.static_gate.report import Report
 
@@ -17,13 +17,16 @@ COLUMNS = (
     "tensor cores",
     "wide",
     "issue",
+    "inputs",
 )
 
 Row = tuple[str, ...]
 
+_EXPLANATION = "static-gate.md"
 
-def row(report: Report) -> Row:
-    """The cells of ``report``, as ``COLUMNS`` names them."""
+
+def row(report: Report, inputs: str) -> Row:
+    """The cells of ``report``, as ``COLUMNS`` names them. inputs: the fingerprint of its spec."""
     loop = report.loop
     tensor_core = " ".join(f"{number} {opcode}" for opcode, number in loop.tensor_core.items())
     return (
@@ -36,47 +39,38 @@ def row(report: Report) -> Row:
         tensor_core or "-",
         f"{loop.wide_share:.2f}",
         "-" if report.issue_share is None else f"{report.issue_share:.2f}",
+        inputs,
     )
 
 
 def line(report: Report, broken: Sequence[str]) -> str:
     """``report`` for a terminal, with what it breaks."""
     verdict = "FAIL: " + "; ".join(broken) if broken else "ok"
-    kernel, target, tile, registers, _, warps, tensor_core, wide, issue = row(report)
+    kernel, target, tile, registers, _, warps, tensor_core, wide, issue, _ = row(report, "")
     return (
         f"{target:7} {kernel:58} {tile:38} {registers:>4} regs {warps:>3} warps "
         f"{tensor_core:14} wide {wide} issue {issue:4} {verdict}"
     )
 
 
-def markdown(reports: Sequence[Report]) -> str:
-    """A table with a row for each report."""
-    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *(row(report) for report in reports)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def page_path(folder: Path, family: str) -> Path:
+    """Where the page of a family of kernels is."""
+    return folder / f"static-gate-{family}.md"
 
 
-def read_markdown(text: str) -> list[Row]:
-    """The rows of the table in ``text`` that has our columns; empty if there is none."""
-    return [
-        tuple(found.removeprefix("| ").removesuffix(" |").split(" | "))
-        for found in _table_lines(text)[2:]
-    ]
+def page(family: str, rows: Sequence[Row]) -> str:
+    """The page of a family of kernels."""
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return (
+        f"# Machine code of the {family} kernels\n\n"
+        "Written by `python -m qserve.kernels.static_gate --pages docs/reference`; the columns are "
+        f"explained in [the static gate](../{_EXPLANATION}).\n\n{table}\n"
+    )
 
 
-def replace_table(text: str, table: str) -> str:
-    """``text`` with ``table`` in the place of the table in it that has our columns.
-
-    Raises ``ValueError`` when there is none.
-    """
-    old = "\n".join(_table_lines(text))
-    if not old:
-        raise ValueError(f"no table with the columns {', '.join(COLUMNS)}: put an empty one there")
-    return text.replace(old, table)
-
-
-def _table_lines(text: str) -> list[str]:
-    lines = text.splitlines()
-    header = f"| {' | '.join(COLUMNS)} |"
-    if header not in lines:
-        return []
-    return list(takewhile(lambda found: found.startswith("|"), lines[lines.index(header) :]))
+def read_page(path: Path) -> list[Row]:
+    """The rows of the table on the page at ``path``; empty where there is none."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [tuple(line.removeprefix("| ").removesuffix(" |").split(" | ")) for line in lines[2:]]

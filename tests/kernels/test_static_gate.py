@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,14 +15,15 @@ import pytest
 
 from qserve.kernels.gpu_target import TARGETS
 from qserve.kernels.static_gate import amd, nvidia
-from qserve.kernels.static_gate.catalogue import production_kernels
+from qserve.kernels.static_gate.catalogue import FAMILIES, production_kernels
+from qserve.kernels.static_gate.fingerprint import fingerprint
 from qserve.kernels.static_gate.program import Counts, Kind, count, hot_loop
 from qserve.kernels.static_gate.report import Report, broken_promises, issue_share
 from qserve.kernels.static_gate.spec import KernelSpec, Promises
-from qserve.kernels.static_gate.table import COLUMNS, markdown, read_markdown, replace_table, row
+from qserve.kernels.static_gate.table import COLUMNS, page, page_path, read_page, row
 
-PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "static-gate.md"
-UPDATE = "python -m qserve.kernels.static_gate --page docs/static-gate.md"
+REFERENCE = Path(__file__).resolve().parent.parent.parent / "docs" / "reference"
+UPDATE = "python -m qserve.kernels.static_gate --pages docs/reference"
 CORE_TARGETS = ("sm_80", "sm_90", "gfx942")
 
 SASS = """
@@ -90,11 +92,6 @@ def describe(records: list[dict[str, Any]]) -> list[str]:
     return [f"{r['target']} {r['kernel']}: {r['broken']}" for r in records if r["broken"]]
 
 
-def page_rows() -> dict[tuple[str, str], tuple[str, ...]]:
-    """The rows of the page's table by kernel and target."""
-    return {(cells[0], cells[1]): cells for cells in read_markdown(PAGE.read_text())}
-
-
 @pytest.fixture(scope="module")
 def core_records(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The few kernels of every test run, compiled for one target of each kind."""
@@ -120,23 +117,53 @@ def test_every_kernel_keeps_its_promises(target: str, tmp_path: Path) -> None:
     assert describe(records) == []
 
 
-def test_the_page_has_a_row_for_every_kernel_and_target() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_page_is_of_the_kernels_as_they_are(family: str) -> None:
     expected = {
-        (spec.name, target.name, spec.tile)
+        (spec.name, target.name, spec.tile, fingerprint(spec))
         for target in TARGETS.values()
-        for spec in production_kernels(target)
+        for spec in FAMILIES[family](target)
     }
-    assert {cells[:3] for cells in page_rows().values()} == expected, UPDATE
+    written = {(*cells[:3], cells[-1]) for cells in read_page(page_path(REFERENCE, family))}
+    assert sorted(expected ^ written) == [], UPDATE
 
 
-def test_the_page_says_what_the_core_kernels_compile_to(
+def test_the_pages_say_what_the_core_kernels_compile_to(
     core_records: list[dict[str, Any]],
 ) -> None:
-    rows = page_rows()
+    rows = {cells[:2]: cells for f in FAMILIES for cells in read_page(page_path(REFERENCE, f))}
     registers = COLUMNS.index("registers")
     for record in core_records:
         written = rows[record["kernel"], record["target"]]
         assert written[registers] == str(record["registers"]), f"{written}: {UPDATE}"
+
+
+def test_a_fingerprint_is_of_all_that_the_compiler_is_given() -> None:
+    first, second = production_kernels(TARGETS["sm_80"])[:2]
+    assert fingerprint(first) == fingerprint(first)
+    changed = [
+        second,
+        replace(first, num_warps=1),
+        replace(first, arguments={**first.arguments, "x_ptr": "*fp16"}),
+        replace(first, constants={**first.constants, "BLOCK_M": 128}),
+        replace(first, promises=Promises(min_warps=1)),
+    ]
+    assert len({fingerprint(spec) for spec in (first, *changed)}) == 6
+
+
+def test_a_fingerprint_follows_the_kernel_into_what_it_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = next(s for s in production_kernels(TARGETS["sm_80"]) if "int4_matmul" in s.name)
+    before = fingerprint(spec)
+    source = inspect.getsource
+
+    def change_one(function: Any) -> str:
+        text = source(function)
+        return text.replace("& 15", "& 7") if function.__name__ == "_less_zero" else text
+
+    monkeypatch.setattr(inspect, "getsource", change_one)
+    assert fingerprint(spec) != before
 
 
 def test_sass_is_read_with_its_loops() -> None:
@@ -212,18 +239,12 @@ def test_a_broken_promise_is_named(changes: dict[str, Any], promises: Promises, 
     assert len(found) == 1 and words in found[0]
 
 
-def test_a_table_that_is_written_reads_back() -> None:
-    report = make_report()
-    page = f"Before.\n\n{markdown([report])}\n\nAfter.\n"
-    assert read_markdown(page) == [row(report)]
-    longer = replace_table(page, markdown([report, report]))
-    assert read_markdown(longer) == [row(report)] * 2
-    assert longer.startswith("Before.") and longer.endswith("After.\n")
-
-
-def test_a_page_without_a_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="no table"):
-        replace_table("nothing here", markdown([make_report()]))
+def test_a_page_that_is_written_reads_back(tmp_path: Path) -> None:
+    rows = [row(make_report(), "0123abcd"), row(make_report(target="sm_90"), "4567abcd")]
+    path = page_path(tmp_path, "matmul")
+    assert read_page(path) == []
+    path.write_text(page("matmul", rows))
+    assert read_page(path) == rows
 
 
 def test_the_command_names_the_targets_it_knows() -> None:

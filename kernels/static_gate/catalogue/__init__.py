@@ -7,7 +7,10 @@ from qserve.kernels.static_gate.catalogue.attention import attention_kernels
 from qserve.kernels.static_gate.catalogue.matmul import matmul_kernels
 from qserve.kernels.static_gate.spec import KernelSpec
 
+FAMILIES = {"matmul": matmul_kernels, "attention": attention_kernels}
+"""What the launch rules launch on a target, by the page of docs/reference that shows it."""
+
 
 def production_kernels(target: GpuTarget) -> list[KernelSpec]:
     """What the launch rules launch on ``target``."""
-    return [*matmul_kernels(target), *attention_kernels(target)]
+    return [spec for kernels in FAMILIES.values() for spec in kernels(target)]
