@@ -27,6 +27,7 @@ import torch
 from qserve.kernels import dense_matmul as dense
 from qserve.kernels import native
 from qserve.kernels.activations import Activations
+from qserve.kernels.gated_activation import gated_activation
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int4_matmul import Int4Weight, int4_matmul, prepare
 from qserve.kernels.int8_matmul import int8_matmul, quantize_int8
@@ -34,7 +35,6 @@ from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.kv_store import rope_and_store, rope_table
 from qserve.kernels.paged_attention import paged_attention
 from qserve.kernels.rms_norm import rms_norm
-from qserve.kernels.silu_mul import silu_mul
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "benchmarks" / "kernels.csv"
@@ -228,7 +228,7 @@ def measure_small(seconds: float) -> Iterator[Row]:
     place = torch.tensor([5], dtype=torch.int32)
     calls: dict[str, Callable[[int], object]] = {
         "rms_norm": lambda _: rms_norm(x, ones, 1e-5, residual=residual, out=out),
-        "silu_mul": lambda _: silu_mul(gate_up, out=activated),
+        "gated_activation": lambda _: gated_activation(gate_up, out=activated),
         "kv_store": lambda _: rope_and_store(qkv, place, table, cache, place),
     }
     for name, call in calls.items():

@@ -15,12 +15,17 @@ from qserve.kernels import native
 
 OPS = (
     "dense_matmul",
+    "expert_matmul",
+    "gated_activation",
     "int4_matmul",
     "int8_matmul",
     "kv_store",
+    "layer_norm",
+    "output_head",
     "paged_attention",
     "rms_norm",
-    "silu_mul",
+    "rms_norm_int8",
+    "sample",
 )
 
 

@@ -6,7 +6,7 @@ namespace qserve::QSERVE_NAMESPACE {
 
 const RowKernels kRowKernels = {
     .rms_norm = rms_norm,
-    .silu_mul = silu_mul,
+    .gated_activation = gated_activation,
 };
 
 }  // namespace qserve::QSERVE_NAMESPACE

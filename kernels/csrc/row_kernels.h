@@ -14,23 +14,27 @@ struct NormJob {
   float* residual;  // may be null
   int64_t residual_stride;
   const float* weight;
+  float weight_offset;
   float eps;
   float* out;
   int64_t out_stride;
   int64_t width;
 };
 
-struct SiluJob {
+enum class Gate : int { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+
+struct GateJob {
   const float* gate_up;
   int64_t x_stride;
   float* out;
   int64_t out_stride;
   int64_t width;
+  Gate gate;
 };
 
 struct RowKernels {
   void (*rms_norm)(const NormJob&, int64_t begin, int64_t end);
-  void (*silu_mul)(const SiluJob&, int64_t begin, int64_t end);
+  void (*gated_activation)(const GateJob&, int64_t begin, int64_t end);
 };
 
 namespace portable {

@@ -7,6 +7,8 @@ namespace qserve {
 
 void rms_norm(const NormJob& job, int64_t rows) { run_rows(job, rows, job.width, kernels().rows.rms_norm); }
 
-void silu_mul(const SiluJob& job, int64_t rows) { run_rows(job, rows, 2 * job.width, kernels().rows.silu_mul); }
+void gated_activation(const GateJob& job, int64_t rows) {
+  run_rows(job, rows, 2 * job.width, kernels().rows.gated_activation);
+}
 
 }  // namespace qserve

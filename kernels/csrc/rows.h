@@ -6,6 +6,6 @@
 namespace qserve {
 
 void rms_norm(const NormJob& job, int64_t rows);
-void silu_mul(const SiluJob& job, int64_t rows);
+void gated_activation(const GateJob& job, int64_t rows);
 
 }  // namespace qserve

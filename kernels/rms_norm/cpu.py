@@ -12,6 +12,7 @@ def rms_norm(
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None,
+    weight_offset: float,
     out: torch.Tensor,
 ) -> None:
     """Writes the norm of ``x``, or of ``residual + x`` which replaces ``residual``, to ``out``."""
@@ -23,6 +24,7 @@ def rms_norm(
         0 if residual is None else residual.data_ptr(),
         0 if residual is None else residual.stride()[0],
         weight.data_ptr(),
+        weight_offset,
         eps,
         out.data_ptr(),
         out.stride()[0],

@@ -10,6 +10,7 @@ def rms_norm(
     weight: torch.Tensor,
     eps: float,
     residual: torch.Tensor | None,
+    weight_offset: float,
     out: torch.Tensor,
 ) -> None:
     """Writes the norm of ``x``, or of ``residual + x`` which replaces ``residual``, to ``out``."""
@@ -18,4 +19,4 @@ def rms_norm(
         x = residual
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
-    out.copy_(wide * scale * weight.float())
+    out.copy_(wide * scale * (weight_offset + weight.float()))

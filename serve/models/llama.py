@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from qserve.kernels.gated_activation import gated_activation
 from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.kv_store import rope_and_store, rope_table
 from qserve.kernels.paged_attention import paged_attention
 from qserve.kernels.rms_norm import rms_norm
-from qserve.kernels.silu_mul import silu_mul
 from qserve.serve.batch import Batch
 from qserve.serve.models.llama_config import LlamaConfig
 from qserve.serve.weights import WeightReader
@@ -71,7 +71,7 @@ class LlamaLayer:
         self.o(b.attended, b.update)
         rms_norm(b.update, self.post_norm, self.eps, residual=b.residual, out=b.normed)
         self.gate_up(b.normed, b.gate_up)
-        silu_mul(b.gate_up, out=b.activated)
+        gated_activation(b.gate_up, out=b.activated)
         self.down(b.activated, b.update)
 
 

@@ -131,7 +131,7 @@ def test_ops_run_on_the_reference_when_the_extension_does_not_import() -> None:
         "from qserve.kernels import native\n"
         "from qserve.kernels.backend import OPS, Backend, choose\n"
         "from qserve.kernels.int8_matmul import int8_matmul, quantize_int8\n"
-        "from qserve.kernels.silu_mul import silu_mul\n"
+        "from qserve.kernels.gated_activation import gated_activation\n"
         "from qserve.kernels.kv_cache import LayerCache\n"
         "assert not native.available()\n"
         "for op in OPS:\n"
@@ -141,7 +141,7 @@ def test_ops_run_on_the_reference_when_the_extension_does_not_import() -> None:
         "weight = quantize_int8(torch.eye(64))\n"
         "assert weight.backend is Backend.REFERENCE\n"
         "assert torch.allclose(int8_matmul(torch.eye(64), weight), torch.eye(64), atol=1e-2)\n"
-        "assert silu_mul(torch.ones(1, 8)).shape == (1, 4)\n"
+        "assert gated_activation(torch.ones(1, 8)).shape == (1, 4)\n"
         "assert LayerCache(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)).handle is None\n"
         "print(native.failure())\n"
     )

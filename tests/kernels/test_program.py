@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qserve.kernels.gated_activation import gated_activation
 from qserve.kernels.program import Program
 from qserve.kernels.rms_norm import rms_norm
-from qserve.kernels.silu_mul import silu_mul
 
 
 def test_recording_runs_nothing_and_running_reads_what_is_there_now() -> None:
@@ -16,7 +16,7 @@ def test_recording_runs_nothing_and_running_reads_what_is_there_now() -> None:
 
     def body() -> None:
         rms_norm(x, norm_weight, 1e-5, out=normed)
-        silu_mul(normed, out=activated)
+        gated_activation(normed, out=activated)
 
     program = Program(body)
     assert len(program) == 2
@@ -24,14 +24,14 @@ def test_recording_runs_nothing_and_running_reads_what_is_there_now() -> None:
     for seed in range(3):
         x.copy_(torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)))
         program.run()
-        expected = silu_mul(rms_norm(x, norm_weight, 1e-5))
+        expected = gated_activation(rms_norm(x, norm_weight, 1e-5))
         assert torch.equal(activated, expected)
 
 
 def test_calls_after_a_recording_run_again() -> None:
     x, out = torch.ones(1, 64), torch.zeros(1, 32)
-    assert len(Program(lambda: silu_mul(x, out=out))) == 1
-    silu_mul(x, out=out)
+    assert len(Program(lambda: gated_activation(x, out=out))) == 1
+    gated_activation(x, out=out)
     assert out.any()
 
 
@@ -39,12 +39,12 @@ def test_a_recording_that_fails_ends() -> None:
     x, out = torch.ones(1, 64), torch.zeros(1, 32)
 
     def body() -> None:
-        silu_mul(x, out=out)
+        gated_activation(x, out=out)
         raise KeyError("body")
 
     with pytest.raises(KeyError):
         Program(body)
-    silu_mul(x, out=out)
+    gated_activation(x, out=out)
     assert out.any()
 
 

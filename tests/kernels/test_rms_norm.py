@@ -38,6 +38,12 @@ def test_a_residual_takes_the_sum_and_its_norm_comes_out(generator: torch.Genera
 
 
 @pytest.mark.usefixtures("isa")
+def test_an_offset_is_added_to_the_weight(generator: torch.Generator) -> None:
+    x, weight = torch.randn(3, 50, generator=generator), torch.randn(50, generator=generator)
+    assert torch.equal(rms_norm(x, weight, EPS, weight_offset=1.0), rms_norm(x, 1 + weight, EPS))
+
+
+@pytest.mark.usefixtures("isa")
 def test_the_output_may_be_the_input(generator: torch.Generator) -> None:
     x, weight = torch.randn(3, 40, generator=generator), torch.ones(40)
     expected = rms_norm(x, weight, EPS)

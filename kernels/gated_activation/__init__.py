@@ -1,19 +1,21 @@
-"""The gated activation of Llama's feed-forward layer."""
+"""The gated activation of a feed-forward layer: SwiGLU and GeGLU."""
 
 from __future__ import annotations
 
 import torch
 
 from qserve.kernels.backend import Backend, choose
+from qserve.kernels.gated_activation import cpu, reference
+from qserve.kernels.gated_activation.gate import Gate
 from qserve.kernels.rows import check_output, check_rows
-from qserve.kernels.silu_mul import cpu, reference
 
-__all__ = ["silu_mul"]
+__all__ = ["Gate", "gated_activation"]
 
 
-def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``y[m, i] = g / (1 + exp(-g)) * u`` with ``g = gate_up[m, i]`` and ``u = gate_up[m, I + i]``
-    (SwiGLU, Shazeer 2020)
+def gated_activation(
+    gate_up: torch.Tensor, activation: Gate = Gate.SILU, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``y[m, i] = f(gate_up[m, i]) * gate_up[m, I + i]`` with ``f`` the ``activation``.
 
     gate_up: ``[M, 2 I]`` with contiguous rows. out: ``[M, I]``, written and returned; must not
     overlap ``gate_up``. Raises ``ValueError`` for shapes and ``TypeError`` for dtypes that do not
@@ -24,8 +26,8 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
     if width % 2:
         raise ValueError(f"gate_up has {width} columns, expected an even number: gate and up")
     out = check_output(gate_up, width // 2, out)
-    if choose("silu_mul", gate_up.device).backend is Backend.CPU:
-        cpu.silu_mul(gate_up, out)
+    if choose("gated_activation", gate_up.device).backend is Backend.CPU:
+        cpu.gated_activation(gate_up, activation, out)
     else:
-        reference.silu_mul(gate_up, out)
+        reference.gated_activation(gate_up, activation, out)
     return out

@@ -1,0 +1,187 @@
+"""Products of a mixture of experts: each row with the weights of the experts it is sent to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qserve.kernels.activations import Activations
+from qserve.kernels.backend import Backend
+from qserve.kernels.expert_matmul import reference
+from qserve.kernels.grouped_weight import GroupedWeight
+
+__all__ = ["ExpertWeights", "combine_experts", "expert_matmul", "prepare", "route_tokens"]
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertWeights:
+    """The weights of all experts of one layer, in the layout of the backend that multiplies.
+
+    nbytes: memory the layouts take. layout: what the backend made of the weights.
+    """
+
+    num_experts: int
+    in_features: int
+    out_features: int
+    nbytes: int
+    backend: Backend
+    layout: Any
+
+
+def prepare(
+    experts: Sequence[GroupedWeight | torch.Tensor], device: torch.device = CPU
+) -> ExpertWeights:
+    """The weights of one layer's experts, all of one shape, repacked once for fast products.
+
+    Each is a ``GroupedWeight`` of 4 or 8 bits or a float ``[N, K]``. Raises ``ValueError`` for
+    none, for shapes that differ and for other bits.
+    """
+    if not experts:
+        raise ValueError("a layer has no experts, expected at least one")
+    shapes = {(expert.shape[0], expert.shape[1]) for expert in map(_codes, experts)}
+    if len(shapes) != 1:
+        raise ValueError(f"experts have shapes {sorted(shapes)}, expected one for all")
+    (out_features, in_features), *_ = shapes
+    dense = [
+        (expert.dequantize() if isinstance(expert, GroupedWeight) else expert).to(device)
+        for expert in experts
+    ]
+    return ExpertWeights(
+        num_experts=len(experts),
+        in_features=in_features,
+        out_features=out_features,
+        nbytes=sum(weight.nbytes for weight in dense),
+        backend=Backend.REFERENCE,
+        layout=dense,
+    )
+
+
+def expert_matmul(
+    x: torch.Tensor,
+    experts: ExpertWeights,
+    expert_ids: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    activations: Activations = Activations.INT8,
+) -> torch.Tensor:
+    """``y[m, j, n] = sum_k a[m, k] * W[expert_ids[m, j]][n, k]``; ``a[m, j, k]`` for a 3-D ``x``.
+
+    x: ``[M, K]``, a row for all its experts, or ``[M, top_k, K]``, one for each; contiguous,
+    float32 on a CPU. ``a`` is ``x`` or ``x`` rounded, as in ``int4_matmul``. expert_ids: int32
+    ``[M, top_k]``, contiguous. out: ``[M, top_k, N]``, contiguous, written and returned; must not
+    overlap ``x``. A row of the result does not depend on the other rows, to the bit: it is that of
+    the product with the expert alone. Raises ``ValueError`` for shapes and experts that are not
+    there, ``TypeError`` for dtypes that do not fit.
+    """
+    out = _check(x, experts, expert_ids, out)
+    reference.expert_matmul(x, experts.layout, expert_ids, out, activations)
+    return out
+
+
+def combine_experts(
+    y: torch.Tensor, weights: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``z[m, h] = sum_j weights[m, j] * y[m, j, h]``, summed in the order of ``j`` in float32.
+
+    y: ``[M, top_k, H]``, contiguous, float32 on a CPU. weights: float32 ``[M, top_k]``, contiguous.
+    out: ``[M, H]``, contiguous, written and returned; must not overlap ``y``. Raises ``ValueError``
+    for shapes and ``TypeError`` for dtypes that do not fit.
+    """
+    if y.dim() != 3 or weights.shape != y.shape[:2]:
+        raise ValueError(
+            f"y {tuple(y.shape)} does not fit weights {tuple(weights.shape)}: expected "
+            "[M, top_k, H] and [M, top_k]"
+        )
+    out = _check_out("out", (y.shape[0], y.shape[2]), y, out)
+    _check_dense("y", y)
+    if weights.dtype is not torch.float32 or not weights.is_contiguous():
+        raise TypeError(f"weights are {weights.dtype}, expected contiguous float32")
+    reference.combine_experts(y, weights, out)
+    return out
+
+
+def route_tokens(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    renormalize: bool = True,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of each row: ids int32 ``[M, top_k]``, most likely first (of equals the lowest),
+    and their weights float32 ``[M, top_k]``.
+
+    logits: ``[M, num_experts]`` with contiguous rows. Weights are the softmax over all experts;
+    with ``renormalize`` those of a row are divided by their sum (Mixtral). out: ids and weights,
+    contiguous, written and returned. Raises ``ValueError`` for a ``top_k`` outside of
+    1..num_experts and for shapes, ``TypeError`` for dtypes that do not fit.
+    """
+    if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(
+            f"{top_k} experts of logits {tuple(logits.shape)}: expected [M, num_experts], and at "
+            "most all experts"
+        )
+    _check_dense("logits", logits)
+    shape = (logits.shape[0], top_k)
+    ids, weights = (
+        out
+        if out is not None
+        else (
+            torch.empty(shape, dtype=torch.int32, device=logits.device),
+            torch.empty(shape, device=logits.device),
+        )
+    )
+    if ids.shape != shape or weights.shape != shape:
+        raise ValueError(
+            f"out has shapes {tuple(ids.shape)} and {tuple(weights.shape)}, expected {shape}"
+        )
+    if ids.dtype is not torch.int32 or weights.dtype is not torch.float32:
+        raise TypeError(f"out is {ids.dtype} and {weights.dtype}, expected int32 and float32")
+    reference.route_tokens(logits, renormalize, ids, weights)
+    return ids, weights
+
+
+def _codes(expert: GroupedWeight | torch.Tensor) -> torch.Tensor:
+    if not isinstance(expert, GroupedWeight):
+        return expert
+    if expert.bits not in (4, 8):
+        raise ValueError(f"an expert has {expert.bits} bits, expected 4 or 8")
+    return expert.codes
+
+
+def _check(
+    x: torch.Tensor, experts: ExpertWeights, expert_ids: torch.Tensor, out: torch.Tensor | None
+) -> torch.Tensor:
+    if expert_ids.dtype is not torch.int32:
+        raise TypeError(f"expert_ids are {expert_ids.dtype}, expected int32")
+    if expert_ids.dim() != 2 or not expert_ids.is_contiguous():
+        raise ValueError(f"expert_ids {tuple(expert_ids.shape)}, expected contiguous [M, top_k]")
+    num_rows, top_k = expert_ids.shape
+    accepted = ((num_rows, experts.in_features), (num_rows, top_k, experts.in_features))
+    if tuple(x.shape) not in accepted:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected {accepted[0]} or {accepted[1]}")
+    _check_dense("x", x)
+    return _check_out("out", (num_rows, top_k, experts.out_features), x, out)
+
+
+def _check_dense(name: str, x: torch.Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"{name} has strides {x.stride()}, expected contiguous memory")
+    if x.dtype is not torch.float32 and (x.is_cpu or not x.is_floating_point()):
+        raise TypeError(f"{name} is {x.dtype}, expected float32 on a CPU, a float elsewhere")
+
+
+def _check_out(
+    name: str, shape: tuple[int, ...], like: torch.Tensor, out: torch.Tensor | None
+) -> torch.Tensor:
+    if out is None:
+        return like.new_empty(shape)
+    if out.shape != shape or not out.is_contiguous():
+        raise ValueError(f"{name} has shape {tuple(out.shape)}, expected contiguous {shape}")
+    if out.dtype is not like.dtype:
+        raise TypeError(f"{name} is {out.dtype}, expected {like.dtype}")
+    return out
