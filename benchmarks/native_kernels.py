@@ -33,7 +33,7 @@ from qserve.kernels.int4_matmul import Int4Weight, int4_matmul, prepare
 from qserve.kernels.int8_matmul import int8_matmul, quantize_int8
 from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.kv_store import rope_and_store, rope_table
-from qserve.kernels.paged_attention import paged_attention
+from qserve.kernels.paged_attention import Scoring, paged_attention
 from qserve.kernels.rms_norm import rms_norm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,7 +202,7 @@ def measure_attention(seconds: float) -> Iterator[Row]:
             block_tables=torch.randperm(160)[: -(-context // 16)][None].int().contiguous(),
             context_lens=torch.tensor([context], dtype=torch.int32),
             cu_seqlens_q=torch.tensor([0, num_rows], dtype=torch.int32),
-            scale=HEAD_DIM**-0.5,
+            scoring=Scoring(HEAD_DIM**-0.5),
             out=torch.empty_like(q),
         )
         best = best_of(partial(attend_in_turn, attend, q, caches), seconds)

@@ -8,6 +8,11 @@ from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.native import extension
 
 
+def can_store(kv: LayerCache, cos_sin: torch.Tensor, interleaved: bool) -> bool:
+    """Whether the native kernel has this cache and rotation; the reference has all."""
+    return kv.handle is not None and cos_sin.size(1) == kv.head_dim and not interleaved
+
+
 def rope_and_store(
     qkv: torch.Tensor,
     positions: torch.Tensor,

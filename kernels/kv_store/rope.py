@@ -31,33 +31,86 @@ class Llama3Scaling:
     original_max_positions: int
 
 
-RopeScaling = LinearScaling | Llama3Scaling
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """Frequencies that turn less than ``beta_slow`` times in ``original_max_positions`` divided by
+    ``factor``, those that turn more than ``beta_fast`` times kept, a ramp between (YaRN, Peng et
+    al. 2023, section 3.2).
+
+    attention_factor: what cosines and sines are multiplied by (section 3.4); None derives it from
+    ``factor``, or from the ratio of DeepSeek's ``mscale`` and ``mscale_all_dim`` where both are
+    given. truncate: whether the ramp begins and ends at whole columns.
+    """
+
+    factor: float
+    original_max_positions: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._temperature(self.mscale) / self._temperature(self.mscale_all_dim)
+        return self._temperature(1.0)
+
+    def _temperature(self, mscale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 def rope_table(
-    head_dim: int, max_positions: int, theta: float, scaling: RopeScaling | None = None
+    rotary_dim: int, max_positions: int, theta: float, scaling: RopeScaling | None = None
 ) -> torch.Tensor:
-    """Cosines and sines: float32 ``[max_positions, head_dim]``, first half cosines, second half
+    """Cosines and sines: float32 ``[max_positions, rotary_dim]``, first half cosines, second half
     sines.
 
-    Column ``i`` of either half turns by ``position * theta ** (-2 i / head_dim)``. Raises
-    ``ValueError`` for an odd ``head_dim``.
+    rotary_dim: elements of a head that are rotated, ``head_dim`` or less. Column ``i`` of either
+    half turns by ``position * theta ** (-2 i / rotary_dim)``. Raises ``ValueError`` for an odd
+    ``rotary_dim``.
     """
-    if head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}, expected an even number: halves are rotated")
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    if rotary_dim % 2:
+        raise ValueError(f"rotary_dim is {rotary_dim}, expected an even number: pairs are rotated")
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     frequencies = 1.0 / torch.pow(torch.tensor(theta, dtype=torch.float32), exponents)
     if scaling is not None:
-        frequencies = _scale(frequencies, scaling)
+        frequencies = _scale(frequencies, theta, scaling)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    table = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return table * scaling.magnitude if isinstance(scaling, YarnScaling) else table
 
 
-def _scale(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+def _scale(frequencies: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tensor:
     if isinstance(scaling, LinearScaling):
         return frequencies / scaling.factor
-    wavelengths = 2 * math.pi / frequencies
-    ratio = scaling.original_max_positions / wavelengths
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = ((ratio - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    if isinstance(scaling, YarnScaling):
+        kept = _kept_by_yarn(frequencies.numel(), theta, scaling)
+    else:
+        wavelengths = 2 * math.pi / frequencies
+        ratio = scaling.original_max_positions / wavelengths
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        kept = ((ratio - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def _kept_by_yarn(num_frequencies: int, theta: float, scaling: YarnScaling) -> torch.Tensor:
+    """1 where a frequency is kept, 0 where it is divided."""
+
+    def column_that_turns(times: float) -> float:
+        turns = scaling.original_max_positions / (2 * math.pi * times)
+        return num_frequencies * math.log(turns) / math.log(theta)
+
+    first, last = column_that_turns(scaling.beta_fast), column_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * num_frequencies - 1)
+    span = max(last - first, 1e-3)  # a ramp of no width is a step
+    return 1 - ((torch.arange(num_frequencies) - first) / span).clamp(0.0, 1.0)

@@ -7,9 +7,10 @@ import torch
 from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.paged_attention import cpu, reference
+from qserve.kernels.paged_attention.scoring import Scoring
 from qserve.kernels.rows import check_output, check_rows
 
-__all__ = ["paged_attention"]
+__all__ = ["Scoring", "paged_attention"]
 
 
 def paged_attention(
@@ -18,16 +19,17 @@ def paged_attention(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
+    scoring: Scoring,
     *,
-    scale: float,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``y[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // (H / KVH)]) * v[j, h // (H / KVH)]``
+    """``y[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // (H / KVH)]) * v[j, h // (H / KVH)]``,
+    with the window, soft cap and sinks of ``scoring``, over a cache of any format.
 
     One batch holds decode rows (one query of a sequence) and prefill chunks (several) side by side.
     Row ``i`` of sequence
     ``s``, which has ``n = cu_seqlens_q[s + 1] - cu_seqlens_q[s]`` rows here, sees positions
-    ``j <= context_lens[s] - n + i``.
+    ``j <= p = context_lens[s] - n + i``, with a window those ``j > p - window``.
 
     q: ``[T, H * D]`` with contiguous rows that may lie apart (a slice of qkv); ``H`` must be a
     multiple of KVH. block_tables: int32 ``[S, max_blocks]``, the blocks of each sequence in order.
@@ -44,16 +46,20 @@ def paged_attention(
         )
     out = check_output(q, width, out)
     _check_batch(block_tables, context_lens, cu_seqlens_q)
+    if scoring.sinks is not None and scoring.sinks.numel() * kv.head_dim != width:
+        raise ValueError(
+            f"there are {scoring.sinks.numel()} sinks for {width // kv.head_dim} query heads"
+        )
     backend = choose("paged_attention", q.device).backend
-    if backend is Backend.CPU and kv.head_dim % cpu.HEAD_DIM_MULTIPLE == 0:
-        cpu.paged_attention(q, kv, block_tables, context_lens, cu_seqlens_q, scale, out)
-    elif backend is Backend.TRITON:
+    if backend is Backend.CPU and cpu.can_attend(kv, scoring):
+        cpu.paged_attention(q, kv, block_tables, context_lens, cu_seqlens_q, scoring, out)
+    elif backend is Backend.TRITON and scoring == Scoring(scoring.scale):
         kernel = load_kernel("paged_attention")
         kernel.paged_attention(
-            q, kv, block_tables, context_lens, cu_seqlens_q, scale=scale, out=out
+            q, kv, block_tables, context_lens, cu_seqlens_q, scale=scoring.scale, out=out
         )
     else:
-        reference.paged_attention(q, kv, block_tables, context_lens, cu_seqlens_q, scale, out)
+        reference.paged_attention(q, kv, block_tables, context_lens, cu_seqlens_q, scoring, out)
     return out
 
 

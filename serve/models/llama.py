@@ -9,7 +9,7 @@ import torch
 from qserve.kernels.gated_activation import gated_activation
 from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.kv_store import rope_and_store, rope_table
-from qserve.kernels.paged_attention import paged_attention
+from qserve.kernels.paged_attention import Scoring, paged_attention
 from qserve.kernels.rms_norm import rms_norm
 from qserve.serve.batch import Batch
 from qserve.serve.models.llama_config import LlamaConfig
@@ -40,7 +40,7 @@ class LlamaLayer:
         kv_size = config.num_kv_heads * config.head_dim
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         self.eps = config.rms_norm_eps
-        self.scale = config.head_dim**-0.5
+        self.scoring = Scoring(config.head_dim**-0.5)
         self.input_norm = weights.norm(f"{name}.input_layernorm", hidden)
         self.qkv = weights.linear(
             f"{attention}.q_proj",
@@ -65,7 +65,7 @@ class LlamaLayer:
             batch.block_tables,
             batch.context_lens,
             batch.cu_seqlens_q,
-            scale=self.scale,
+            self.scoring,
             out=b.attended,
         )
         self.o(b.attended, b.update)

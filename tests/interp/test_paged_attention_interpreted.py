@@ -10,7 +10,7 @@ import torch
 
 from qserve.kernels.gpu_target import TARGETS
 from qserve.kernels.kv_cache import LayerCache
-from qserve.kernels.paged_attention import kernel, reference
+from qserve.kernels.paged_attention import Scoring, kernel, reference
 from qserve.kernels.paged_attention.launch import (
     AttentionLaunch,
     AttentionProblem,
@@ -117,7 +117,7 @@ def error(out: torch.Tensor, batch: Batch) -> float:
     """
     expected = torch.empty(batch.q.shape)
     kv = LayerCache(batch.kv.k.float(), batch.kv.v.float())
-    reference.paged_attention(batch.q.float(), kv, *batch.lengths, batch.scale, expected)
+    reference.paged_attention(batch.q.float(), kv, *batch.lengths, Scoring(batch.scale), expected)
     step = torch.finfo(batch.q.dtype).eps * 3
     return float(((out.float() - expected).abs() / step).nan_to_num(nan=1e9).max())
 

@@ -9,7 +9,7 @@ from qserve.kernels.backend import Backend, choose
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int4_matmul import int4_matmul, prepare
 from qserve.kernels.kv_cache import LayerCache
-from qserve.kernels.paged_attention import paged_attention, reference
+from qserve.kernels.paged_attention import Scoring, paged_attention, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -116,10 +116,11 @@ def test_paged_attention_computes_its_definition(
     scale = head_dim**-0.5
     expected = torch.empty(q.shape)
     wide = LayerCache(kv.k.float(), kv.v.float())
-    reference.paged_attention(q.float(), wide, tables, lengths, starts, scale, expected)
+    reference.paged_attention(q.float(), wide, tables, lengths, starts, Scoring(scale), expected)
     moved = LayerCache(kv.k.to(device), kv.v.to(device))
-    arguments = [tensor.to(device) for tensor in (tables, lengths, starts)]
-    out = paged_attention(q.to(device), moved, *arguments, scale=scale).cpu().float()
+    tables, lengths, starts = (tensor.to(device) for tensor in (tables, lengths, starts))
+    out = paged_attention(q.to(device), moved, tables, lengths, starts, Scoring(scale))
+    out = out.cpu().float()
     # A mean of values up to about 4, whose weights are rounded to the dtype, rounded once more.
     assert float((out - expected).abs().max()) < 4 * torch.finfo(dtype).eps
 
@@ -134,6 +135,6 @@ def test_a_decoded_row_is_the_same_alone_and_in_a_batch(
     q = make_rows(len(contexts), 8 * 64, dtype).to(device)
     tables, lengths = tables.to(device), torch.tensor(contexts).int().to(device)
     starts = torch.arange(len(contexts) + 1, device=device).int()
-    batch = paged_attention(q, kv, tables, lengths, starts, scale=0.125)
-    alone = paged_attention(q[:1], kv, tables[:1], lengths[:1], starts[:2], scale=0.125)
+    batch = paged_attention(q, kv, tables, lengths, starts, Scoring(0.125))
+    alone = paged_attention(q[:1], kv, tables[:1], lengths[:1], starts[:2], Scoring(0.125))
     assert torch.equal(batch[:1], alone)

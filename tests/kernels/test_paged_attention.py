@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 
 from qserve.kernels import native
-from qserve.kernels.kv_cache import LayerCache
-from qserve.kernels.paged_attention import paged_attention, reference
+from qserve.kernels.kv_cache import KvFormat, LayerCache
+from qserve.kernels.kv_codes import encode
+from qserve.kernels.paged_attention import Scoring, paged_attention, reference
 
 # Scores are sums of head_dim products below ~30, exponentials are good to 2e-7, and a result is a
 # mean of values of size 1: 1e-5 is some ten times what was ever seen, and a hundredth of what one
@@ -27,7 +29,7 @@ class Batch:
     block_tables: torch.Tensor
     context_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor
-    scale: float
+    scoring: Scoring
 
     def attend(self) -> torch.Tensor:
         return paged_attention(
@@ -36,7 +38,7 @@ class Batch:
             self.block_tables,
             self.context_lens,
             self.cu_seqlens_q,
-            scale=self.scale,
+            self.scoring,
         )
 
     def attend_by_definition(self) -> torch.Tensor:
@@ -47,7 +49,7 @@ class Batch:
             self.block_tables,
             self.context_lens,
             self.cu_seqlens_q,
-            self.scale,
+            self.scoring,
             out,
         )
         return out
@@ -62,7 +64,7 @@ class Batch:
             block_tables=self.block_tables[sequence : sequence + 1],
             context_lens=torch.tensor([seen], dtype=torch.int32),
             cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
-            scale=self.scale,
+            scoring=self.scoring,
         )
 
 
@@ -71,14 +73,16 @@ MakeBatch = Callable[..., Batch]
 
 @pytest.fixture
 def make_batch(generator: torch.Generator) -> MakeBatch:
-    """Makes a batch of (queries, context) pairs over shuffled blocks; what is unused holds NaN."""
+    """Makes a batch of (queries, context) pairs over shuffled blocks; what is unused holds NaN, or
+    codes under a scale that is NaN."""
 
     def make(
         sequences: list[tuple[int, int]],
         heads: tuple[int, int] = (4, 2),
         head_dim: int = 32,
         block_size: int = 16,
-        dtype: torch.dtype = torch.float16,
+        format: KvFormat = KvFormat.FLOAT16,
+        scoring: Scoring | None = None,
     ) -> Batch:
         num_heads, num_kv_heads = heads
         counts = [-(-context // block_size) for _, context in sequences]
@@ -98,13 +102,16 @@ def make_batch(generator: torch.Generator) -> MakeBatch:
         starts = torch.tensor([0, *(rows for rows, _ in sequences)]).cumsum(0).int()
         width = num_heads * head_dim
         qkv = torch.randn(int(starts[-1]), width + 24, generator=generator)
+        keys, values = encode(k, format), encode(v, format)
         return Batch(
             q=qkv[:, :width],  # rows lie apart, as they do in qkv
-            kv=LayerCache(k.to(dtype), v.to(dtype)),
+            kv=LayerCache(
+                keys.codes, values.codes, keys.scales, values.scales, keys.offsets, values.offsets
+            ),
             block_tables=tables,
             context_lens=torch.tensor([context for _, context in sequences], dtype=torch.int32),
             cu_seqlens_q=starts,
-            scale=head_dim**-0.5,
+            scoring=scoring or Scoring(head_dim**-0.5),
         )
 
     return make
@@ -115,12 +122,10 @@ def make_batch(generator: torch.Generator) -> MakeBatch:
 RAGGED = [(1, 1), (1, 16), (1, 17), (5, 5), (3, 130), (1, 129), (0, 4), (40, 300), (1, 260)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("format", KvFormat)
 @pytest.mark.usefixtures("isa")
-def test_a_ragged_batch_agrees_with_the_definition(
-    dtype: torch.dtype, make_batch: MakeBatch
-) -> None:
-    batch = make_batch(RAGGED, dtype=dtype)
+def test_a_ragged_batch_agrees_with_the_definition(format: KvFormat, make_batch: MakeBatch) -> None:
+    batch = make_batch(RAGGED, format=format)
     difference = batch.attend() - batch.attend_by_definition()
     assert difference.abs().max() < TOLERANCE
 
@@ -175,6 +180,67 @@ def test_large_scores_do_not_overflow(make_batch: MakeBatch) -> None:
     assert (result - batch.attend_by_definition()).abs().max() < 5e-3
 
 
+@pytest.mark.parametrize("window", [None, 1, 20, 400])
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_the_definition_is_that_of_torch(
+    window: int | None, soft_cap: float | None, has_sinks: bool, make_batch: MakeBatch
+) -> None:
+    sinks = torch.tensor([-1.0, 0.0, 1.0, 3.0]) if has_sinks else None
+    batch = make_batch([(1, 40), (9, 30)], scoring=Scoring(0.25, window, soft_cap, sinks))
+    found = batch.attend_by_definition().unflatten(1, (4, 32))
+    for sequence, row, context in [(0, 0, 40), *((1, 1 + i, 22 + i) for i in range(9))]:
+        blocks = batch.block_tables[sequence].clamp(min=0).long()
+        first = 0 if window is None else max(0, context - window)
+        for head in range(4):
+            k, v = (
+                cache[blocks, head // 2].flatten(0, 1)[first:context].double()
+                for cache in (batch.kv.k, batch.kv.v)
+            )
+            scores = 0.25 * k @ batch.q[row].unflatten(0, (4, 32))[head].double()
+            if soft_cap is not None:
+                scores = soft_cap * torch.tanh(scores / soft_cap)
+            weights = scores.exp()
+            total = weights.sum() + (0.0 if sinks is None else float(sinks[head].exp()))
+            expected = weights / total @ v
+            assert torch.allclose(found[row, head].double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", [KvFormat.FLOAT8, KvFormat.INT8, KvFormat.INT4])
+def test_quantized_keys_and_values_change_the_result_by_their_rounding(
+    format: KvFormat, make_batch: MakeBatch
+) -> None:
+    batch = make_batch([(1, 300)], head_dim=64, format=KvFormat.FLOAT32)
+    keys, values = encode(batch.kv.k, format), encode(batch.kv.v, format)
+    rounded = LayerCache(
+        keys.codes, values.codes, keys.scales, values.scales, keys.offsets, values.offsets
+    )
+    exact = batch.attend_by_definition()
+    error = (replace(batch, kv=rounded).attend_by_definition() - exact).norm() / exact.norm()
+    # Errors of 300 values average out; keys add their share. One bit more or less is a factor of 2.
+    bounds = {KvFormat.FLOAT8: 0.04, KvFormat.INT8: 0.012, KvFormat.INT4: 0.15}
+    assert bounds[format] / 4 < float(error) < bounds[format]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"window": 0}, ValueError),
+        ({"soft_cap": 0.0}, ValueError),
+        ({"sinks": torch.zeros(4).half()}, TypeError),
+        ({"sinks": torch.zeros(4, 1)}, ValueError),
+        ({"sinks": torch.zeros(5)}, ValueError),
+    ],
+    ids=["window", "soft cap", "dtype of sinks", "shape of sinks", "number of sinks"],
+)
+def test_a_scoring_that_does_not_fit_is_refused(
+    changes: dict[str, Any], error: type[Exception], make_batch: MakeBatch
+) -> None:
+    batch = make_batch([(1, 20)])
+    with pytest.raises(error):
+        replace(batch, scoring=Scoring(0.25, **changes)).attend()
+
+
 def test_odd_head_widths_run_on_the_reference(make_batch: MakeBatch) -> None:
     batch = make_batch([(1, 20), (3, 9)], head_dim=20)
     assert torch.equal(batch.attend(), batch.attend_by_definition())
@@ -189,7 +255,7 @@ def test_an_output_that_is_given_is_written_and_returned(make_batch: MakeBatch) 
         batch.block_tables,
         batch.context_lens,
         batch.cu_seqlens_q,
-        scale=batch.scale,
+        batch.scoring,
         out=out,
     )
     assert result is out and torch.equal(out, batch.attend())

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, RopeScaling, rope_table
+from qserve.kernels.kv_store import (
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+    rope_table,
+)
 
 LLAMA3 = {
     "factor": 8.0,
@@ -15,6 +23,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 512}
 
 
 @pytest.mark.parametrize(
@@ -23,11 +32,26 @@ LLAMA3 = {
         ({"rope_type": "default"}, None),
         ({"rope_type": "linear", "factor": 4.0}, LinearScaling(4.0)),
         ({"rope_type": "llama3", **LLAMA3}, Llama3Scaling(8.0, 1.0, 4.0, 256)),
+        ({**YARN, "factor": 4.0}, YarnScaling(4.0, 512)),
+        ({**YARN, "factor": 1.0}, YarnScaling(1.0, 512)),
+        ({**YARN, "factor": 8.0, "attention_factor": 0.75}, YarnScaling(8.0, 512, 0.75)),
+        (
+            {**YARN, "factor": 4.0, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+            YarnScaling(4.0, 512, beta_fast=16.0, beta_slow=2.0, truncate=False),
+        ),
+        (
+            {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+            YarnScaling(40.0, 512, mscale=1.0, mscale_all_dim=0.7),
+        ),
+        (
+            {**YARN, "factor": 4.0, "beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
+            YarnScaling(4.0, 512, beta_fast=1.0, beta_slow=1.0, truncate=False),
+        ),
     ],
-    ids=["default", "linear", "llama3"],
+    ids=["default", "linear", "llama3", "yarn", "1", "attention factor", "betas", "mscale", "step"],
 )
 def test_the_table_has_the_angles_of_transformers(
-    parameters: dict[str, float], scaling: RopeScaling | None
+    parameters: dict[str, Any], scaling: RopeScaling | None
 ) -> None:
     config = LlamaConfig(
         hidden_size=128,
