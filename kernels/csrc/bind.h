@@ -19,5 +19,6 @@ T* at(uintptr_t address) {
 void bind_weights(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_machine(nanobind::module_& m);
 
 }  // namespace qserve

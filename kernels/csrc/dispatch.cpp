@@ -6,10 +6,12 @@
 namespace qserve {
 namespace {
 
-const KernelTable kPortable{"portable", portable::kMatmulKernels, portable::kAttentionKernels, portable::kRowKernels};
+const KernelTable kPortable{"portable", portable::kMatmulKernels, portable::kAttentionKernels, portable::kRowKernels,
+                            portable::kProbeKernels};
 #if defined(QSERVE_X86)
-const KernelTable kAvx2{"avx2", avx2::kMatmulKernels, avx2::kAttentionKernels, avx2::kRowKernels};
-const KernelTable kAvx512{"avx512-vnni", avx512::kMatmulKernels, avx512::kAttentionKernels, avx512::kRowKernels};
+const KernelTable kAvx2{"avx2", avx2::kMatmulKernels, avx2::kAttentionKernels, avx2::kRowKernels, avx2::kProbeKernels};
+const KernelTable kAvx512{"avx512-vnni", avx512::kMatmulKernels, avx512::kAttentionKernels, avx512::kRowKernels,
+                          avx512::kProbeKernels};
 #endif
 
 std::vector<const KernelTable*> find_tables() {

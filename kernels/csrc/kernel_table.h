@@ -3,6 +3,7 @@
 
 #include "attention_kernels.h"
 #include "matmul_kernels.h"
+#include "probe_kernels.h"
 #include "row_kernels.h"
 
 namespace qserve {
@@ -12,6 +13,7 @@ struct KernelTable {
   const MatmulKernels& matmul;
   const AttentionKernels& attention;
   const RowKernels& rows;
+  const ProbeKernels& probe;
 };
 
 }  // namespace qserve

@@ -36,4 +36,5 @@ NB_MODULE(_cpu, m) {
   qserve::bind_weights(m);
   qserve::bind_rows(m);
   qserve::bind_attention(m);
+  qserve::bind_machine(m);
 }
