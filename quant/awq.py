@@ -17,19 +17,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.architecture import Stage
-from qserve.quant.block_result import BlockResult
+from qserve.quant.block_result import BlockResult, PackedWeight
 from qserve.quant.codes import choose_codes
 from qserve.quant.decoder import Block, ScratchMemory
 from qserve.quant.errors import CheckpointError
 from qserve.quant.folding import fold_, settle_, sharing_of
-from qserve.quant.grid import (
-    clipped_weights,
-    grid_over_all,
-    rounding_difference,
-    split_rows,
-)
+from qserve.quant.grid import LevelSet, grid_over_all, rounding_difference
 from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.options import QuantizeOptions, Rounding
 from qserve.quant.plan import Plan
@@ -67,7 +61,7 @@ class AwqQuantizer:
     def __init__(self, hidden: torch.Tensor, plan: Plan, options: QuantizeOptions) -> None:
         self._hidden = hidden
         self._plan = plan
-        self._bits = options.bits
+        self._levels = LevelSet(options.bits)
         self._rounding = options.rounding
         self._scratch = ScratchMemory()
         self._stride = max(1, hidden.shape[0] // NUM_TRANSFORM_WINDOWS)
@@ -76,7 +70,7 @@ class AwqQuantizer:
         """Codes for every linear layer of the plan in the next block."""
         transformed = self._transform_(block)
         settle_(block, self._plan)
-        weights: dict[str, GroupedWeight] = {}
+        weights: dict[str, PackedWeight] = {}
         layers: list[LayerReport] = []
         for stage, inputs in block.walk_(self._hidden, self._scratch):
             if self._plan.includes(block, stage):
@@ -103,7 +97,7 @@ class AwqQuantizer:
                     weight,
                     grams[stage.name],
                     self._plan.group_size,
-                    self._bits,
+                    self._levels,
                     sharing_of(block, stage),
                 )
                 choice = search.run()
@@ -113,19 +107,20 @@ class AwqQuantizer:
 
     def _quantize_stage_(
         self, block: Block, stage: Stage, gram: torch.Tensor, choice: ScaleChoice
-    ) -> tuple[dict[str, GroupedWeight], list[LayerReport]]:
+    ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
         """Replace the weights of a stage by what their codes stand for."""
         linears = [block.linear(name) for name in stage.linears]
         weight = torch.cat([linear.weight for linear in linears])
         rounding = self._rounding_for(len(gram))
-        quantized = choose_codes(weight, gram, self._plan.group_size, self._bits, rounding)
-        rounded = quantized.dequantize()
+        quantized = choose_codes(weight, gram, self._plan.group_size, self._levels, rounding)
+        rounded = quantized.values()
         errors = output_errors(rounded - weight, gram)
         baseline = output_errors(self._unscaled_difference(weight, choice.scale), gram)
         energies = output_errors(weight, gram)
-        clipped = clipped_weights(weight, quantized)
+        clipped = quantized.clipped(weight)
         sizes = [linear.out_features for linear in linears]
-        codes = dict(zip(stage.linears, split_rows(quantized, sizes), strict=True))
+        parts = [part.pack() for part in quantized.split(sizes)]
+        codes = dict(zip(stage.linears, parts, strict=True))
         reports = []
         for name, linear, rows in zip(
             stage.linears, linears, torch.arange(len(weight)).split(sizes), strict=True
@@ -155,7 +150,7 @@ class AwqQuantizer:
     def _unscaled_difference(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """What rounding to nearest without a scale would do, in the scaled coordinates."""
         groups = (weight / scale).unflatten(1, (-1, self._plan.group_size))
-        difference = rounding_difference(groups, grid_over_all(groups, self._bits))
+        difference = rounding_difference(groups, grid_over_all(groups, self._levels))
         return difference.flatten(1).mul_(scale)
 
     def _block_error(self, transformed: _Transformed) -> float:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qserve.kernels.codebook_weight import CodebookWeight
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.report import LayerReport
+
+PackedWeight = GroupedWeight | CodebookWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +20,6 @@ class BlockResult:
     calibration.
     """
 
-    weights: dict[str, GroupedWeight]
+    weights: dict[str, PackedWeight]
     layers: tuple[LayerReport, ...]
     error: float | None

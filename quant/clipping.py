@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.quant.grid import Grid, grid_over, rounding_difference
+from qserve.quant.grid import Grid, LevelSet, rounding_difference
 from qserve.quant.objective import diagonal_blocks
 
 BOTH_ENDS = tuple(1 - i / 20 for i in range(-1, 11) if i)
@@ -28,7 +28,14 @@ MAX_REACH = 1.25
 """How far beyond an extreme the grid may reach."""
 
 
-def search_grid(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits: int) -> Grid:
+WIDEST_BLOCK = 256
+"""Groups wider than this are judged by the diagonal of their Gram block alone: a whole product for
+each candidate would cost more than all of the rounding that follows."""
+
+
+def search_grid(
+    weight: torch.Tensor, gram: torch.Tensor, group_size: int, levels: LevelSet
+) -> Grid:
     """The grid ``[N, G]`` for which rounding to nearest has the least error, group by group.
 
     weight: ``[N, K]``. gram: ``[K, K]``; only the block of each group counts, so the groups of a
@@ -39,40 +46,60 @@ def search_grid(weight: torch.Tensor, gram: torch.Tensor, group_size: int, bits:
     scales = torch.empty(groups.shape[:2])
     zero_points = torch.empty(groups.shape[:2])
     for index, block in enumerate(blocks):
-        grid = _search_group(groups[:, index].contiguous(), block, bits)
+        grid = _search_group(groups[:, index].contiguous(), block, levels)
         scales[:, index], zero_points[:, index] = grid.scales, grid.zero_points
-    return Grid(scales, zero_points, bits)
+    return Grid(scales, zero_points, levels)
 
 
-def _search_group(weights: torch.Tensor, block: torch.Tensor, bits: int) -> Grid:
-    """The grid ``[N]`` of one group of inputs: weights ``[N, g]``, Gram block ``[g, g]``."""
-    low, high = weights.amin(1), weights.amax(1)
-    buffer, product = torch.empty_like(weights), torch.empty_like(weights)
+class _Search:
+    """The best range so far of one group of inputs: weights ``[N, g]``, Gram block ``[g, g]``."""
 
-    def errors(low_share: torch.Tensor, high_share: torch.Tensor) -> torch.Tensor:
-        grid = grid_over(low * low_share, high * high_share, bits)
-        difference = rounding_difference(weights, grid, out=buffer)
-        return torch.mm(difference, block, out=product).mul_(difference).sum(1)
+    def __init__(self, weights: torch.Tensor, block: torch.Tensor, levels: LevelSet) -> None:
+        self._weights = weights
+        self._block = block if len(block) <= WIDEST_BLOCK else block.diagonal()
+        self._levels = levels
+        self._low, self._high = weights.amin(1), weights.amax(1)
+        self._buffer, self._product = torch.empty_like(weights), torch.empty_like(weights)
+        self.low_share = torch.ones_like(self._low)
+        self.high_share = torch.ones_like(self._high)
+        self._best = self._errors(self.low_share, self.high_share)
 
-    low_share = torch.ones_like(low)
-    high_share = torch.ones_like(high)
-    best = errors(low_share, high_share)
+    def grid(self) -> Grid:
+        """The grid ``[N]`` of the best range."""
+        return self._levels.span(self._low * self.low_share, self._high * self.high_share)
 
-    def consider(low_try: torch.Tensor, high_try: torch.Tensor) -> None:
-        found = errors(low_try, high_try)
-        better = found < best
-        torch.where(better, found, best, out=best)
-        torch.where(better, low_try, low_share, out=low_share)
-        torch.where(better, high_try, high_share, out=high_share)
+    def consider(self, low_share: torch.Tensor, high_share: torch.Tensor) -> None:
+        """Take these shares ``[N]`` of the full range where they are better."""
+        found = self._errors(low_share, high_share)
+        better = found < self._best
+        self._best = torch.where(better, found, self._best)
+        self.low_share = torch.where(better, low_share, self.low_share)
+        self.high_share = torch.where(better, high_share, self.high_share)
 
-    full = torch.ones_like(low)
+    def _errors(self, low_share: torch.Tensor, high_share: torch.Tensor) -> torch.Tensor:
+        grid = self._levels.span(self._low * low_share, self._high * high_share)
+        difference = rounding_difference(self._weights, grid, out=self._buffer)
+        if self._block.dim() == 1:
+            return difference.square_() @ self._block
+        return torch.mm(difference, self._block, out=self._product).mul_(difference).sum(1)
+
+
+def _search_group(weights: torch.Tensor, block: torch.Tensor, levels: LevelSet) -> Grid:
+    search = _Search(weights, block, levels)
+    full = torch.ones_like(search.low_share)
     for share in BOTH_ENDS:
-        consider(full * share, full * share)
+        search.consider(full * share, full * share)
+    if levels.is_symmetric:
+        for step in REFINEMENTS:
+            for change in (-step, step):
+                both = (search.low_share + change).clamp(max=MAX_REACH)
+                search.consider(both, both)
+        return search.grid()
     for share in ONE_END:
-        consider(full, full * share)
-        consider(full * share, full)
+        search.consider(full, full * share)
+        search.consider(full * share, full)
     for step in REFINEMENTS:
         for change in (-step, step):
-            consider((low_share + change).clamp(max=MAX_REACH), high_share.clone())
-            consider(low_share.clone(), (high_share + change).clamp(max=MAX_REACH))
-    return grid_over(low * low_share, high * high_share, bits)
+            search.consider((search.low_share + change).clamp(max=MAX_REACH), search.high_share)
+            search.consider(search.low_share, (search.high_share + change).clamp(max=MAX_REACH))
+    return search.grid()

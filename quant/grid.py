@@ -1,60 +1,135 @@
 """The values that the codes of a group can stand for, and rounding to the nearest of them.
 
-A level is a code minus the zero point of its group: ``weight = level * scale``.
+A level is what a code stands for before it is scaled: ``weight = level * scale``. For integer codes
+it is the code minus the zero point of its group, for a codebook the entry that the code names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
+from qserve.kernels.codebook_weight import CodebookWeight
 from qserve.kernels.grouped_weight import GroupedWeight
 
 MIN_SCALE = 2.0**-20
 """The smallest scale: 16 units of float16, so still exact to 6 %. A group of zeros has it too."""
+
+CODEBOOK_MARGIN = 0.15
+"""Half the width of the last step of nf4: a weight further out than this is clipped."""
+
+
+class Zero(Enum):
+    """Where the zero of integer codes lies."""
+
+    FREE = "free"
+    """At a zero point of its own for every group."""
+
+    MIDDLE = "middle"
+    """At code ``2**(bits - 1)``. There is one code more below it than above, so the scale takes the
+    sign that puts the larger side of the group there (as AutoRound's full range does)."""
+
+    CENTERED = "centered"
+    """The same with the lowest code left out, and positive scales: int8 in -127..127."""
+
+
+@dataclass(frozen=True, slots=True)
+class LevelSet:
+    """The levels that a format can express.
+
+    zero: of integer codes. codebook: the levels in ascending order, from -1 to 1, instead of
+    integers. scale_dtype: what scales are stored as.
+    """
+
+    bits: int = 4
+    zero: Zero = Zero.FREE
+    codebook: tuple[float, ...] | None = None
+    scale_dtype: torch.dtype = torch.float16
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether a group has nothing to choose but its scale."""
+        return self.zero is not Zero.FREE or self.codebook is not None
+
+    def span(self, low: torch.Tensor, high: torch.Tensor) -> Grid:
+        """The grid that reaches from ``min(low, 0)`` to ``max(high, 0)`` for each group."""
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        if self.codebook is not None:
+            return self._grid(torch.maximum(-low, high), torch.zeros_like(low))
+        top = 1 << self.bits
+        if self.zero is Zero.FREE:
+            grid = self._grid((high - low) / (top - 1), low)
+            zero_points = (-low / grid.scales).round_().clamp_(0, top - 1)
+            return Grid(grid.scales, zero_points, self)
+        half = torch.full_like(low, top // 2)
+        if self.zero is Zero.CENTERED:
+            return self._grid(torch.maximum(-low, high) / (top // 2 - 1), half)
+        larger, smaller = torch.maximum(-low, high), torch.minimum(-low, high)
+        grid = self._grid(torch.maximum(larger / (top // 2), smaller / (top // 2 - 1)), half)
+        return Grid(torch.where(high > -low, -grid.scales, grid.scales), half, self)
+
+    def _grid(self, scales: torch.Tensor, zero_points: torch.Tensor) -> Grid:
+        return Grid(self.stored(scales.clamp(min=MIN_SCALE)), zero_points, self)
+
+    def stored(self, scales: torch.Tensor) -> torch.Tensor:
+        """Scales as a reader of the checkpoint will see them, in float32."""
+        return scales.to(self.scale_dtype).float()
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Scales and zero points of groups of weights, of any matching shape ``[...]``.
 
-    Both are float32 for arithmetic, but the scales hold float16 values (as they are stored, so that
-    codes are chosen for the scale that a reader will see) and the zero points whole numbers of
-    ``[0, 2**bits)``: zero is always on the grid.
+    Both are float32 for arithmetic, but the scales hold values of their stored type (so that codes
+    are chosen for the scale that a reader will see) and the zero points whole numbers of
+    ``[0, 2**bits)``: zero is always on the grid. A codebook has no zero points: they are 0.
     """
 
     scales: torch.Tensor
     zero_points: torch.Tensor
-    bits: int
+    levels: LevelSet
 
-    @property
-    def max_code(self) -> int:
-        return (1 << self.bits) - 1
-
-
-def grid_over(low: torch.Tensor, high: torch.Tensor, bits: int) -> Grid:
-    """The grid that spans ``[min(low, 0), max(high, 0)]`` for each group."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    max_code = (1 << bits) - 1
-    scales = ((high - low) / max_code).clamp(min=MIN_SCALE).half().float()
-    zero_points = (-low / scales).round_().clamp_(0, max_code)
-    return Grid(scales, zero_points, bits)
+    def snap_(self, units: torch.Tensor) -> torch.Tensor:
+        """Replace ``units [..., group_size]``, weights over their scales, by the nearest levels."""
+        return snapper(self.levels, self.zero_points[..., None])(units)
 
 
-def grid_over_all(weights: torch.Tensor, bits: int) -> Grid:
+def snapper(levels: LevelSet, zero_points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that replaces weights over their scales by the nearest levels, in place.
+
+    ``zero_points`` broadcasts to what it is called with. Half way between two levels a codebook
+    takes the lower (as bitsandbytes does), integers the even one.
+    """
+    if levels.codebook is not None:
+        table = torch.tensor(levels.codebook)
+        middles = (table[1:] + table[:-1]) / 2
+        return lambda units: units.copy_(table[torch.bucketize(units, middles)])
+    lowest = -zero_points
+    highest = lowest + ((1 << levels.bits) - 1)
+    if levels.zero is Zero.CENTERED:
+        lowest = lowest + 1
+
+    def snap_to_integers_(units: torch.Tensor) -> torch.Tensor:
+        units.round_()
+        torch.maximum(units, lowest, out=units)  # the two take a quarter of the time of clamp
+        return torch.minimum(units, highest, out=units)
+
+    return snap_to_integers_
+
+
+def grid_over_all(weights: torch.Tensor, levels: LevelSet) -> Grid:
     """The grid from the least to the greatest weight of each group ``[..., group_size]``."""
-    return grid_over(weights.amin(-1), weights.amax(-1), bits)  # aminmax takes 8 times as long
+    return levels.span(weights.amin(-1), weights.amax(-1))  # aminmax takes 8 times as long
 
 
 def nearest_levels(
     weights: torch.Tensor, grid: Grid, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The nearest levels of ``weights [..., group_size]``: whole numbers in float32."""
-    levels = torch.div(weights, grid.scales[..., None], out=out).round_()
-    lowest = -grid.zero_points[..., None]
-    torch.maximum(levels, lowest, out=levels)  # the two take a quarter of the time of clamp
-    return torch.minimum(levels, lowest + grid.max_code, out=levels)
+    """The nearest levels of ``weights [..., group_size]``, in float32."""
+    return grid.snap_(torch.div(weights, grid.scales[..., None], out=out))
 
 
 def rounding_difference(
@@ -65,35 +140,52 @@ def rounding_difference(
     return levels.mul_(grid.scales[..., None]).sub_(weights)
 
 
-def to_grouped_weight(levels: torch.Tensor, grid: Grid) -> GroupedWeight:
-    """Levels ``[N, G, group_size]`` and their grid ``[N, G]`` as the weight to be packed."""
-    return GroupedWeight(
-        codes=(levels + grid.zero_points[..., None]).to(torch.uint8).flatten(1),
-        scales=grid.scales.half(),
-        zero_points=grid.zero_points.to(torch.uint8),
-        bits=grid.bits,
-        group_size=levels.shape[-1],
-    )
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A weight ``[N, K]`` as levels ``[N, G, group_size]`` of a grid ``[N, G]``."""
 
+    levels: torch.Tensor
+    grid: Grid
 
-def clipped_weights(weight: torch.Tensor, quantized: GroupedWeight) -> torch.Tensor:
-    """Which weights ``[N, K]`` lie more than half a step beyond the range of their group: bool."""
-    groups = weight.unflatten(1, (-1, quantized.group_size))
-    levels = groups / quantized.scales[..., None].float()
-    lowest = -0.5 - quantized.zero_points[..., None].float()
-    outside: torch.Tensor = (levels < lowest) | (levels > lowest + (1 << quantized.bits))
-    return outside.flatten(1)
+    def values(self) -> torch.Tensor:
+        """What the levels stand for: float32 ``[N, K]``."""
+        return (self.levels * self.grid.scales[..., None]).flatten(1)
 
+    def clipped(self, weight: torch.Tensor) -> torch.Tensor:
+        """Which weights ``[N, K]`` lie more than half a step beyond their group's range: bool."""
+        units = weight.view_as(self.levels) / self.grid.scales[..., None]
+        if self.grid.levels.codebook is not None:
+            return (units.abs() > 1 + CODEBOOK_MARGIN).flatten(1)
+        lowest = -0.5 - self.grid.zero_points[..., None]
+        outside: torch.Tensor = (units < lowest) | (units > lowest + (1 << self.grid.levels.bits))
+        return outside.flatten(1)
 
-def split_rows(weight: GroupedWeight, sizes: list[int]) -> list[GroupedWeight]:
-    """The weights of linear layers that were quantized as one, ``sizes`` rows each."""
-    parts = zip(
-        weight.codes.split(sizes),
-        weight.scales.split(sizes),
-        weight.zero_points.split(sizes),
-        strict=True,
-    )
-    return [
-        GroupedWeight(codes, scales, zero_points, weight.bits, weight.group_size)
-        for codes, scales, zero_points in parts
-    ]
+    def split(self, sizes: list[int]) -> list[Rounded]:
+        """The linear layers that were rounded as one, ``sizes`` rows each."""
+        parts = zip(
+            self.levels.split(sizes),
+            self.grid.scales.split(sizes),
+            self.grid.zero_points.split(sizes),
+            strict=True,
+        )
+        return [Rounded(levels, Grid(s, z, self.grid.levels)) for levels, s, z in parts]
+
+    def pack(self) -> GroupedWeight | CodebookWeight:
+        """The codes, in the neutral form that every format is written from."""
+        kind = self.grid.levels
+        if kind.codebook is not None:
+            table = torch.tensor(kind.codebook)
+            middles = (table[1:] + table[:-1]) / 2
+            return CodebookWeight(
+                codes=torch.bucketize(self.levels, middles).to(torch.uint8).flatten(1),
+                codebook=table,
+                block_scales=self.grid.scales.flatten(),
+                block_size=self.levels.shape[-1],
+            )
+        return GroupedWeight(
+            codes=(self.levels + self.grid.zero_points[..., None]).to(torch.uint8).flatten(1),
+            scales=self.grid.scales.to(kind.scale_dtype),
+            zero_points=self.grid.zero_points.to(torch.uint8),
+            bits=kind.bits,
+            group_size=self.levels.shape[-1],
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant import rtn
 from qserve.quant.awq import AwqQuantizer
 from qserve.quant.block_result import BlockResult
@@ -22,6 +23,7 @@ from qserve.quant.errors import CheckpointError
 from qserve.quant.formats import awq as awq_format
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.shard_writer import ShardWriter
+from qserve.quant.grid import LevelSet
 from qserve.quant.options import Method, QuantizeOptions
 from qserve.quant.plan import Plan, make_plan
 from qserve.quant.progress import Phase, Progress, ProgressCallback
@@ -98,7 +100,7 @@ class _Run:
         self._packed_bits = 0
         self._length = 1
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
-            block, plan, options.bits
+            block, plan, LevelSet(options.bits)
         )
 
     def prepare(self) -> Calibration | None:
@@ -129,6 +131,7 @@ class _Run:
     def _write_block(self, block: Block, result: BlockResult) -> None:
         for name, weight in result.weights.items():
             full_name = block.full_name(name)
+            assert isinstance(weight, GroupedWeight)  # AWQ's levels are integers
             try:
                 packed = awq_format.pack(weight)
             except ValueError as error:

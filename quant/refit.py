@@ -22,18 +22,20 @@ def refit_scales(
     With its levels fixed, a row is linear in its G scales: ``tr((V - W) H (V - W)^T)`` is least
     for the solution of ``M s = r`` with ``M_ij = t_i^T H_ij t_j`` and ``r_i = t_i^T (H w)_i``, t_i
     being the levels of group i and H_ij the block of H between groups i and j. Rows that would end
-    worse after rounding the scales to float16 keep theirs.
+    worse after rounding the scales to their stored type keep theirs.
     """
     scales = grid.scales.clone()
     for start in range(0, len(weight), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
-        scales[rows] = _refit_rows(weight[rows], gram, grid.scales[rows], levels[rows])
-    return Grid(scales, grid.zero_points, grid.bits)
+        part = Grid(grid.scales[rows], grid.zero_points[rows], grid.levels)
+        scales[rows] = _refit_rows(weight[rows], gram, part, levels[rows])
+    return Grid(scales, grid.zero_points, grid.levels)
 
 
 def _refit_rows(
-    weight: torch.Tensor, gram: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor
+    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, levels: torch.Tensor
 ) -> torch.Tensor:
+    scales = grid.scales
     num_groups, group_size = levels.shape[1:]
     matrix = torch.empty(len(weight), num_groups, num_groups)
     for i in range(num_groups):
@@ -45,8 +47,9 @@ def _refit_rows(
     damped = matrix.clone()
     damped.diagonal(dim1=1, dim2=2).add_(ridge)
     found = torch.linalg.solve(damped, target + ridge * scales)
-    allowed = (found > scales / MAX_CHANGE) & (found < scales * MAX_CHANGE) & (found > MIN_SCALE)
-    found = torch.where(allowed, found, scales).half().float()
+    change = found / scales
+    allowed = (change > 1 / MAX_CHANGE) & (change < MAX_CHANGE) & (found.abs() > MIN_SCALE)
+    found = grid.levels.stored(torch.where(allowed, found, scales))
 
     def error(candidate: torch.Tensor) -> torch.Tensor:
         """The error of each row, up to a constant."""

@@ -8,11 +8,12 @@ beforehand, the order leaves no trace in what is stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from qserve.quant.grid import Grid
+from qserve.quant.grid import Grid, snapper
 
 DAMPING = 0.01
 """Share of the mean diagonal added to H: the text never shows the whole truth about the inputs."""
@@ -25,32 +26,31 @@ COLUMNS_AT_ONCE = 64
 class _Columns:
     """A weight in the order of the visit, one column a row, so that a column is contiguous.
 
-    weight ``[K, N]``, gram ``[K, K]`` (damped), order ``[K]``; scales, lowest and highest level of
-    each group ``[G, N]``; groups: the group of each column visited.
+    weight ``[K, N]``, gram ``[K, K]`` (damped), order ``[K]``; scales of each group ``[G, N]``;
+    snap_: for each group, what makes levels of its units; groups: the group of each column visited.
     """
 
     weight: torch.Tensor
     gram: torch.Tensor
     order: torch.Tensor
     scales: torch.Tensor
-    lowest: torch.Tensor
-    highest: torch.Tensor
+    snap_: list[Callable[[torch.Tensor], torch.Tensor]]
     groups: list[int]
 
     def nearest_(self, values: torch.Tensor, column: int, out: torch.Tensor) -> torch.Tensor:
         """The nearest levels of the values ``[N]`` of one column."""
         group = self.groups[column]
-        torch.div(values, self.scales[group], out=out).round_()
-        torch.maximum(out, self.lowest[group], out=out)
-        torch.minimum(out, self.highest[group], out=out)
-        return out
+        return self.snap_[group](torch.div(values, self.scales[group], out=out))
 
     def scale_of(self, column: int) -> torch.Tensor:
         return self.scales[self.groups[column]]
 
-    def all_scales(self) -> torch.Tensor:
-        """The scale of every element, ``[K, N]``."""
-        return self.scales.index_select(0, torch.tensor(self.groups))
+    def levels_of(self, values: torch.Tensor) -> torch.Tensor:
+        """The levels ``[K, N]`` of values that lie on the grid, up to rounding."""
+        levels = torch.empty_like(values)
+        for column, row in enumerate(values):
+            self.nearest_(row, column, out=levels[column])
+        return levels
 
     def restore(self, levels: torch.Tensor) -> torch.Tensor:
         """Levels ``[K, N]`` in the order of the visit as ``[N, G, group_size]``."""
@@ -65,14 +65,12 @@ def _in_visiting_order(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> 
     order = torch.argsort(diagonal, descending=True, stable=True)
     damped = gram[order][:, order]
     damped.diagonal().add_(DAMPING * diagonal.mean())
-    lowest = -grid.zero_points.T.contiguous()
     return _Columns(
         weight=weight.T[order].contiguous(),
         gram=damped,
         order=order,
         scales=grid.scales.T.contiguous(),
-        lowest=lowest,
-        highest=lowest + grid.max_code,
+        snap_=[snapper(grid.levels, zeros) for zeros in grid.zero_points.T.contiguous()],
         groups=(order // (weight.shape[1] // grid.scales.shape[1])).tolist(),
     )
 
@@ -128,4 +126,4 @@ def descend(
                 following = columns.gram[i, i + 1 : end, None]
                 local[i + 1 - start :].addcmul_(following, change)
             gradient.addmm_(columns.gram[:, start:end], changes[: end - start])
-    return columns.restore((current / columns.all_scales()).round_())
+    return columns.restore(columns.levels_of(current))

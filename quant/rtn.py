@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import torch
 
-from qserve.quant.block_result import BlockResult
+from qserve.quant.block_result import BlockResult, PackedWeight
 from qserve.quant.decoder import Block
-from qserve.quant.grid import grid_over_all, nearest_levels, to_grouped_weight
+from qserve.quant.grid import LevelSet, Rounded, grid_over_all, nearest_levels
 from qserve.quant.options import Rounding
 from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport
 
 
-def quantize_block(block: Block, plan: Plan, bits: int) -> BlockResult:
+def quantize_block(block: Block, plan: Plan, levels: LevelSet) -> BlockResult:
     """Codes for every linear layer of the plan in a block."""
-    weights = {}
+    weights: dict[str, PackedWeight] = {}
     layers = []
     for stage in block.stages:
         if not plan.includes(block, stage):
@@ -25,11 +25,11 @@ def quantize_block(block: Block, plan: Plan, bits: int) -> BlockResult:
         for name in stage.linears:
             weight = block.linear(name).weight.detach()
             groups = weight.unflatten(1, (-1, plan.group_size))
-            grid = grid_over_all(groups, bits)
-            quantized = to_grouped_weight(nearest_levels(groups, grid), grid)
-            weights[name] = quantized
+            grid = grid_over_all(groups, levels)
+            rounded = Rounded(nearest_levels(groups, grid), grid)
+            weights[name] = rounded.pack()
             energy = weight.square().sum(dtype=torch.float64)
-            difference = quantized.dequantize().sub_(weight)
+            difference = rounded.values().sub_(weight)
             error = float(difference.square().sum(dtype=torch.float64) / energy)
             layers.append(
                 LayerReport(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qserve.quant.grid import grid_over_all, rounding_difference
+from qserve.quant.grid import LevelSet, grid_over_all, rounding_difference
 from qserve.quant.objective import ROWS_AT_ONCE, output_errors
 
 INPUT_EXPONENTS = tuple(i / 20 for i in range(21))
@@ -80,13 +80,13 @@ class ScaleSearch:
         weight: torch.Tensor,
         gram: torch.Tensor,
         group_size: int,
-        bits: int,
+        levels: LevelSet,
         sharing: HeadSharing | None,
     ) -> None:
         self._weight = weight
         self._gram = gram
         self._group_size = group_size
-        self._bits = bits
+        self._levels = levels
         self._sharing = sharing
         # Inputs whose weights are all zero, or that never fire, must not reach the logarithm.
         self._log_inputs = _log_rms(gram.diagonal())
@@ -117,7 +117,7 @@ class ScaleSearch:
         total = 0.0
         for rows in weight.split(ROWS_AT_ONCE):
             groups = (rows * scale).unflatten(1, (-1, self._group_size))
-            difference = rounding_difference(groups, grid_over_all(groups, self._bits))
+            difference = rounding_difference(groups, grid_over_all(groups, self._levels))
             total += float(output_errors(difference.flatten(1).div_(scale), self._gram).sum())
         return total
 

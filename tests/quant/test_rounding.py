@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qserve.quant.codes import choose_codes
-from qserve.quant.grid import Grid, grid_over_all, nearest_levels
+from qserve.quant.grid import Grid, LevelSet, grid_over_all, nearest_levels
 from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.options import Rounding
 from qserve.quant.refit import refit_scales
@@ -34,7 +34,7 @@ def problem(num_inputs: int = 160) -> tuple[torch.Tensor, torch.Tensor, Grid, to
     """A weight, the Gram matrix of its inputs, a grid and the nearest levels."""
     weight = normal(24, num_inputs)
     groups = weight.unflatten(1, (-1, GROUP_SIZE))
-    grid = grid_over_all(groups, 4)
+    grid = grid_over_all(groups, LevelSet())
     return weight, correlated_gram(num_inputs), grid, nearest_levels(groups, grid)
 
 
@@ -156,7 +156,7 @@ def test_groups_of_zeros_survive_the_refit() -> None:
     weight[3] = 0
     weight[5, :GROUP_SIZE] = 0
     groups = weight.unflatten(1, (-1, GROUP_SIZE))
-    grid = grid_over_all(groups, 4)
+    grid = grid_over_all(groups, LevelSet())
     levels = nearest_levels(groups, grid)
     refitted = refit_scales(weight, gram, grid, levels)
     assert bool(torch.isfinite(refitted.scales).all()) and bool((refitted.scales > 0).all())
@@ -169,7 +169,7 @@ def test_the_steps_together_beat_a_searched_range_alone(num_inputs: int) -> None
     found = {
         rounding: float(
             output_errors(
-                choose_codes(weight, gram, GROUP_SIZE, 4, rounding).dequantize() - weight, gram
+                choose_codes(weight, gram, GROUP_SIZE, LevelSet(), rounding).values() - weight, gram
             ).sum()
         )
         for rounding in Rounding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qserve.quant.grid import grid_over_all, rounding_difference
+from qserve.quant.grid import LevelSet, grid_over_all, rounding_difference
 from qserve.quant.objective import GramMatrix
 from qserve.quant.scaling import HeadSharing, ScaleSearch
 
@@ -27,13 +27,13 @@ def gram_of(inputs: torch.Tensor) -> torch.Tensor:
 def search(
     inputs: torch.Tensor, weight: torch.Tensor, sharing: HeadSharing | None = None
 ) -> ScaleSearch:
-    return ScaleSearch(weight, gram_of(inputs), GROUP_SIZE, 4, sharing)
+    return ScaleSearch(weight, gram_of(inputs), GROUP_SIZE, LevelSet(), sharing)
 
 
 def output_error(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> float:
     """Brute force: what rounding the scaled weight does to the outputs."""
     groups = (weight * scale).unflatten(1, (-1, GROUP_SIZE))
-    difference = rounding_difference(groups, grid_over_all(groups, 4)).flatten(1)
+    difference = rounding_difference(groups, grid_over_all(groups, LevelSet())).flatten(1)
     return float(((inputs / scale).double() @ difference.double().T).square().mean(0).sum())
 
 
