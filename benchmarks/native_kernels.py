@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -29,10 +28,11 @@ from qserve.kernels import native
 from qserve.kernels.activations import Activations
 from qserve.kernels.gated_activation import gated_activation
 from qserve.kernels.grouped_weight import GroupedWeight
-from qserve.kernels.int4_matmul import Int4Weight, int4_matmul, prepare
+from qserve.kernels.int4_matmul import int4_matmul, prepare
 from qserve.kernels.int8_matmul import int8_matmul, quantize_int8
 from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.kv_store import rope_and_store, rope_table
+from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.paged_attention import Scoring, paged_attention
 from qserve.kernels.rms_norm import rms_norm
 
@@ -54,22 +54,6 @@ class Row:
     best_us: float
     gb_s: float
     gmac_s: float
-
-
-class Weight(Protocol):
-    """What the weights of all products have."""
-
-    @property
-    def in_features(self) -> int:
-        """Inputs of a row."""
-
-    @property
-    def out_features(self) -> int:
-        """Outputs of a row."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that a product reads."""
 
 
 def main() -> None:
@@ -144,7 +128,7 @@ def buffers(num_rows: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def multiply_all(
-    layers: list[dict[str, Int4Weight]],
+    layers: list[dict[str, PackedWeight]],
     operands: dict[str, tuple[torch.Tensor, torch.Tensor]],
     _: int,
 ) -> None:
@@ -175,7 +159,7 @@ def measure_product(
     op: str,
     name: str,
     multiply: Callable[..., torch.Tensor],
-    weights: Sequence[Weight],
+    weights: Sequence[PackedWeight],
     num_rows: int,
     seconds: float,
 ) -> Row:
@@ -235,7 +219,7 @@ def measure_small(seconds: float) -> Iterator[Row]:
         yield Row(name, f"hidden {HIDDEN}", 1, best_of(call, seconds) * 1e6, 0.0, 0.0)
 
 
-def random_weight(num_outputs: int, num_inputs: int) -> Int4Weight:
+def random_weight(num_outputs: int, num_inputs: int) -> PackedWeight:
     """A 4-bit weight of random codes."""
     groups = (num_outputs, num_inputs // GROUP_SIZE)
     return prepare(

@@ -14,8 +14,10 @@ import torch
 from qserve.kernels import native
 
 OPS = (
+    "codebook_matmul",
     "dense_matmul",
     "expert_matmul",
+    "float8_matmul",
     "gated_activation",
     "int4_matmul",
     "int8_matmul",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels import dense_matmul, int4_matmul, int8_matmul
+from qserve.kernels import int8_matmul
 from qserve.kernels.activations import Activations
-from qserve.kernels.grouped_weight import GroupedWeight, concatenate_rows
+from qserve.kernels.grouped_weight import GroupedWeight, concatenate_rows, joinable
+from qserve.kernels.linear_weight import NeutralWeight, prepare_linear, shape_of
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.config import HeadDtype
-from qserve.serve.layers.linear import Linear, Weight
+from qserve.serve.layers.linear import Linear
 
 
 class WeightReader:
@@ -35,14 +36,15 @@ class WeightReader:
 
         Raises ``CheckpointError`` when the tensors have another shape.
         """
-        weights = [self._checkpoint.linear(name) for name in names]
-        found = (sum(_shape(w)[0] for w in weights), _shape(weights[0])[1])
-        if found != shape or any(_shape(weight)[1] != shape[1] for weight in weights):
+        weights: list[NeutralWeight] = [self._checkpoint.linear(name) for name in names]
+        found = (sum(shape_of(w)[0] for w in weights), shape_of(weights[0])[1])
+        if found != shape or any(shape_of(weight)[1] != shape[1] for weight in weights):
             raise CheckpointError(
                 f"{' + '.join(names)} has {found[0]} outputs and {found[1]} inputs, config.json "
                 f"says {shape[0]} and {shape[1]}: the checkpoint contradicts itself"
             )
-        return Linear(_prepare(weights), self._bias(names, weights), self.activations)
+        parts = _join(weights, [self._bias(name) for name in names])
+        return Linear([prepare_linear(w, bias=bias) for w, bias in parts], self.activations)
 
     def norm(self, name: str, size: int) -> torch.Tensor:
         """The weight of a norm, float32 ``[size]``."""
@@ -61,45 +63,38 @@ class WeightReader:
     def head(self, name: str, shape: tuple[int, int]) -> Linear:
         """The output head; a float one is rounded to 8 bits if ``head_dtype`` says so."""
         weight = self._checkpoint.linear(name)
-        if isinstance(weight, GroupedWeight) or self.head_dtype is HeadDtype.FLOAT:
+        if not isinstance(weight, torch.Tensor) or self.head_dtype is HeadDtype.FLOAT:
             return self.linear(name, shape=shape)
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{name} has shape {tuple(weight.shape)}, expected {shape}")
-        bias = self._bias((name,), [weight])
-        return Linear([int8_matmul.quantize_int8(weight)], bias, self.activations)
+        return Linear([int8_matmul.quantize_int8(weight, bias=self._bias(name))], self.activations)
 
-    def _bias(
-        self, names: tuple[str, ...], weights: list[GroupedWeight | torch.Tensor]
-    ) -> torch.Tensor | None:
-        """The biases side by side, zeros where a layer has none; None when none has."""
-        if not any(f"{name}.bias" in self._checkpoint for name in names):
-            return None
-        parts = [
-            self._checkpoint.tensor(f"{name}.bias").float()
-            if f"{name}.bias" in self._checkpoint
-            else torch.zeros(_shape(weight)[0])
-            for name, weight in zip(names, weights, strict=True)
-        ]
-        return torch.cat(parts)
+    def _bias(self, name: str) -> torch.Tensor | None:
+        tensor = f"{name}.bias"
+        return self._checkpoint.tensor(tensor).float() if tensor in self._checkpoint else None
 
 
-def _prepare(weights: list[GroupedWeight | torch.Tensor]) -> list[Weight]:
-    """The weights repacked: as one where their formats agree, else one by one."""
+def _join(
+    weights: list[NeutralWeight], biases: list[torch.Tensor | None]
+) -> list[tuple[NeutralWeight, torch.Tensor | None]]:
+    """The weights with their biases: as one where their formats agree, else one by one."""
     grouped = [weight for weight in weights if isinstance(weight, GroupedWeight)]
     dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
-    if not dense and len({(weight.bits, weight.group_size) for weight in grouped}) == 1:
-        return [int4_matmul.prepare(concatenate_rows(grouped))]
-    if not grouped and len({weight.dtype for weight in dense}) == 1:
-        return [dense_matmul.prepare(torch.cat(dense))]
-    return [
-        int4_matmul.prepare(weight)
-        if isinstance(weight, GroupedWeight)
-        else dense_matmul.prepare(weight)
-        for weight in weights
+    if len(grouped) == len(weights) and joinable(grouped):
+        return [(concatenate_rows(grouped), _join_biases(weights, biases))]
+    if len(dense) == len(weights) and len({weight.dtype for weight in dense}) == 1:
+        return [(torch.cat(dense), _join_biases(weights, biases))]
+    return list(zip(weights, biases, strict=True))
+
+
+def _join_biases(
+    weights: list[NeutralWeight], biases: list[torch.Tensor | None]
+) -> torch.Tensor | None:
+    """The biases side by side, zeros where a layer has none; None when none has."""
+    if all(bias is None for bias in biases):
+        return None
+    parts = [
+        torch.zeros(shape_of(weight)[0]) if bias is None else bias
+        for weight, bias in zip(weights, biases, strict=True)
     ]
-
-
-def _shape(weight: GroupedWeight | torch.Tensor) -> tuple[int, int]:
-    if isinstance(weight, GroupedWeight):
-        return weight.out_features, weight.in_features
-    return weight.shape[0], weight.shape[1]
+    return torch.cat(parts)

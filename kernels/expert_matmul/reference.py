@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qserve.kernels.activations import Activations, round_rows
+from qserve.kernels.activations import Activations, round_activations
 
 
 def expert_matmul(
@@ -25,8 +25,7 @@ def expert_matmul(
     rows = x[:, None].expand(num_rows, top_k, x.shape[-1]) if x.dim() == 2 else x
     for index, weight in enumerate(experts):
         chosen = expert_ids == index
-        a = rows[chosen].float()
-        a = round_rows(a) if activations is Activations.INT8 else a
+        a = round_activations(rows[chosen], activations)
         out[chosen] = (a @ weight.float().T).to(out.dtype)
 
 

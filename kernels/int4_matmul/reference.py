@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from qserve.kernels.activations import Activations, round_rows
+from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.kernels.packed_weight import PackedWeight
+from qserve.kernels.reference_product import ReferenceProduct
 
 
-def int4_matmul(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, activations: Activations
-) -> None:
-    """Writes ``a @ weight.T`` to ``out``; a is ``x``, or ``x`` rounded to int8. weight: dequantized
-    float32 ``[N, K]``."""
-    rows = round_rows(x) if activations is Activations.INT8 else x.float()
-    out.copy_(rows @ weight.T)
+def prepare(
+    weight: GroupedWeight, device: torch.device, bias: torch.Tensor | None = None
+) -> PackedWeight:
+    """The product with the floats that the codes stand for."""
+    stored = replace(weight, input_order=None).dequantize()
+    return ReferenceProduct(stored.to(device), bias, weight.input_order).packed()

@@ -1,35 +1,31 @@
-"""The native 8-bit matmul: the panel layout and the call."""
+"""The native 8-bit matmul: the panel layout."""
 
 from __future__ import annotations
 
 import torch
 
-from qserve.kernels.activations import Activations
+from qserve.kernels.activations import ACTIVATION_GROUP
+from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.native_weight import NativeWeight
 
-KIND = "Int8Weight"
-GROUP_MULTIPLE = 32
+
+def suits(weight: GroupedWeight, bias: torch.Tensor | None) -> bool:
+    """Whether the panels hold such a weight."""
+    return (
+        weight.group_size % ACTIVATION_GROUP == 0
+        and weight.is_symmetric
+        and weight.input_order is None
+        and weight.channel_scales is None
+        and bias is None
+    )
 
 
-def pack(codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> NativeWeight:
+def pack(weight: GroupedWeight) -> NativeWeight:
     """The weight in panels of 16 outputs, see kernels/csrc/matmul_kernels.h."""
-    scales = scales.float().contiguous()
+    scales = weight.scales.float().contiguous()
     wide = not torch.equal(scales.half().float(), scales)
-    native = NativeWeight(KIND, (codes.shape[0], codes.shape[1], group_size, wide))
-    codes = codes.contiguous()
+    sizes = (weight.out_features, weight.in_features, weight.group_size, wide)
+    native = NativeWeight("Int8Weight", sizes)
+    codes = weight.codes ^ 128
     native.pack(codes.data_ptr(), scales.data_ptr())
     return native
-
-
-def multiply(
-    native: NativeWeight, x: torch.Tensor, out: torch.Tensor, activations: Activations
-) -> None:
-    """Writes the product with rows ``x`` to ``out``; both were checked."""
-    native.run(
-        x.data_ptr(),
-        x.stride()[0],
-        x.shape[0],
-        out.data_ptr(),
-        out.stride()[0],
-        activations is Activations.INT8,
-    )

@@ -5,19 +5,15 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.dense_matmul import DenseWeight
-from qserve.kernels.int4_matmul import Int4Weight
-from qserve.kernels.int8_matmul import Int8Weight
 from qserve.kernels.output_head import reference
+from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.rows import check_rows
 
-__all__ = ["HeadWeight", "argmax_head", "topk_head"]
-
-HeadWeight = Int4Weight | Int8Weight | DenseWeight
+__all__ = ["argmax_head", "topk_head"]
 
 
 def argmax_head(
-    x: torch.Tensor, weight: HeadWeight, *, activations: Activations = Activations.FLOAT32
+    x: torch.Tensor, weight: PackedWeight, *, activations: Activations = Activations.FLOAT32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest logit of each row: ids int64 ``[M]`` and the logits float32 ``[M]``.
 
@@ -32,7 +28,7 @@ def argmax_head(
 
 def topk_head(
     x: torch.Tensor,
-    weight: HeadWeight,
+    weight: PackedWeight,
     k: int,
     *,
     activations: Activations = Activations.FLOAT32,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qserve.kernels import native
-from qserve.kernels.activations import ACTIVATION_GROUP, quantize_rows, round_rows
+from qserve.kernels.activations import ACTIVATION_GROUP, quantize_rows, round_activations
 from qserve.kernels.backend import Backend
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int4_matmul import Activations, int4_matmul, prepare
@@ -30,8 +30,8 @@ SHAPES = [
 ]
 
 
-def inputs_of(activations: Activations, x: torch.Tensor) -> torch.Tensor:
-    return round_rows(x) if activations is Activations.INT8 else x
+def round_rows(x: torch.Tensor) -> torch.Tensor:
+    return round_activations(x, Activations.INT8)
 
 
 @pytest.mark.parametrize("activations", Activations)
@@ -50,7 +50,7 @@ def test_the_native_product_is_that_of_the_dequantized_weight(
     packed = prepare(weight)
     assert packed.backend is Backend.CPU
     y = int4_matmul(x, packed, activations=activations)
-    a, dense = inputs_of(activations, x), weight.dequantize()
+    a, dense = round_activations(x, activations), weight.dequantize()
     assert ((y - a @ dense.T).abs() <= product_bound(a, dense)).all()
 
 
@@ -69,7 +69,7 @@ def test_one_step_of_a_code_or_zero_point_exceeds_the_tolerance(
     numbers = getattr(weight, part)
     numbers[5, 2] += 1 if numbers[5, 2] < 15 else -1
     wrong = int4_matmul(x, prepare(weight), activations=activations)
-    a = inputs_of(activations, x)
+    a = round_activations(x, activations)
     exceeded = (wrong - right).abs() > product_bound(a, weight.dequantize())
     assert exceeded[:, 5].any()
     assert not exceeded[:, torch.arange(24) != 5].any()

@@ -11,6 +11,7 @@ import torch
 from qserve.kernels import dense_matmul, int4_matmul, int8_matmul
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.native_weight import NativeWeight
+from qserve.kernels.packed_weight import PackedWeight, from_native, multiply
 
 OUTPUTS, INPUTS, GROUP_SIZE = 40, 96, 32
 
@@ -19,39 +20,32 @@ X = torch.randn(3, INPUTS, generator=generator)
 GROUPS = (OUTPUTS, INPUTS // GROUP_SIZE)
 
 
-def pack_int4() -> int4_matmul.Int4Weight:
+def pack_int4() -> PackedWeight:
     codes = torch.randint(0, 16, (OUTPUTS, INPUTS), generator=generator).byte()
     scales = torch.rand(GROUPS, generator=generator)
     zeros = torch.randint(0, 16, GROUPS, generator=generator).byte()
     return int4_matmul.prepare(GroupedWeight(codes, scales, zeros, 4, GROUP_SIZE))
 
 
-def pack_int8() -> int8_matmul.Int8Weight:
+def pack_int8() -> PackedWeight:
     return int8_matmul.quantize_int8(torch.randn(OUTPUTS, INPUTS, generator=generator))
 
 
-def pack_dense() -> dense_matmul.DenseWeight:
+def pack_dense() -> PackedWeight:
     return dense_matmul.prepare(torch.randn(OUTPUTS, INPUTS, generator=generator).bfloat16())
 
 
-CASES = [
-    (pack_int4, int4_matmul.from_native, int4_matmul.int4_matmul),
-    (pack_int8, int8_matmul.from_native, int8_matmul.int8_matmul),
-    (pack_dense, dense_matmul.from_native, dense_matmul.dense_matmul),
-]
+PACKS = [pack_int4, pack_int8, pack_dense]
 
 
 def read_layout(native: NativeWeight) -> bytes:
     return ctypes.string_at(native.address, native.nbytes)
 
 
-@pytest.mark.parametrize(("pack", "from_native", "multiply"), CASES)
+@pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("attached", [True, False])
 def test_the_bytes_of_a_layout_make_the_same_weight_again(
-    pack: Callable[[], int4_matmul.Int4Weight],
-    from_native: Callable[[NativeWeight], int4_matmul.Int4Weight],
-    multiply: Callable[..., torch.Tensor],
-    attached: bool,
+    pack: Callable[[], PackedWeight], attached: bool
 ) -> None:
     weight = pack()
     assert weight.native is not None
