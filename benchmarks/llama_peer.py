@@ -4,7 +4,7 @@
     python llama_peer.py MODEL.gguf --threads 2
     python llama_peer.py MODEL.gguf --requantize q4_0    # the layout llama.cpp repacks for AVX2
 
-Prints one line of JSON with the figures of benchmarks/engine.py. Needs nothing of qserve, so that
+Prints one line of JSON with the figures of `qserve bench engine`. Needs nothing of qserve, so that
 it runs in the peer's environment.
 """
 

@@ -28,11 +28,10 @@ def compare_arguments() -> list[str]:
     return [str(SERVED), str(find_model(cache_folder(os.environ))), "--peer-python", sys.executable]
 
 
-# In the order of what they need: ops alone, a checkpoint, an engine, an engine and its peer.
+# In the order of what they need: ops alone, a checkpoint, an engine and its peer.
 BENCHMARKS: dict[str, Callable[[], list[str]]] = {
     "native_kernels": list,
     "quality": lambda: ["--keep", str(CHECKPOINTS)],
-    "engine": lambda: [str(SERVED)],
     "compare_engines": compare_arguments,
 }
 

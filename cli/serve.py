@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qserve.cli.cache import cache_folder
 from qserve.cli.console import say
+from qserve.cli.engine_options import engine_options, find_folder, read_engine_options
 from qserve.cli.vllm_flags import TokenCount, without_effect
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 DISTRIBUTION = "qserve-llm"
 DEFAULT_BUDGET = 512  # tokens of a step
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-KV_DTYPES = {"auto": "float16", "fp16": "float16", "bf16": "bfloat16"}  # shorter names
 
 
 def _read_chat_template(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
@@ -113,24 +111,7 @@ def _refuse_empty(context: click.Context, parameter: click.Parameter, value: Any
     type=click.IntRange(0),
     help="Requests that may wait; beyond, they get 503. Default: no limit.",
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
-@click.option(
-    "--activations",
-    type=click.Choice(["int8", "float32"]),
-    help="Input of the quantized layers: int8 is fast, float32 exact.",
-)
-@click.option(
-    "--head-dtype",
-    type=click.Choice(["int8", "float"]),
-    help="How the output layer is kept: int8 reads half the memory.",
-)
-@click.option(
-    "--kv-cache-dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float16", "fp16", "bfloat16", "bf16", "float32"]),
-    help="How keys and values are kept.",
-)
+@engine_options
 @click.option("--kv-cache-memory-bytes", type=TokenCount(), help="Memory for keys and values.")
 @click.option(
     "--block-size",
@@ -227,20 +208,12 @@ def _serve(model: str, options: dict[str, Any]) -> None:
     engine_config = _engine_config(options)
     address = address_of(config, listener)
     with listener or nullcontext():
-        folder = _find(model)
+        folder = find_folder(model)
         with ThreadPoolExecutor(1) as beside:
             loading = beside.submit(_load_tokenizer, folder, config.chat_template)
             service = assemble(folder, engine_config, config, loading.result)
         loaded_s = time.monotonic() - start_s
         serve(service, listener, lambda: _announce(service, address, loaded_s))
-
-
-def _find(model: str) -> Path:
-    if Path(model).is_dir():  # no need for the libraries that fetch and convert models
-        return Path(model)
-    from qserve.quant.source import resolve_model
-
-    return resolve_model(model, cache=cache_folder(os.environ), notice=say).folder
 
 
 def _load_tokenizer(folder: Path, chat_template: str | None) -> Tokenizer:
@@ -276,11 +249,8 @@ def _server_config(options: dict[str, Any], model: str) -> ServerConfig:
 
 
 def _engine_config(options: dict[str, Any]) -> EngineConfig:
-    from qserve.kernels.activations import Activations
-    from qserve.serve.config import EngineConfig, HeadDtype, KVDtype
+    from qserve.serve.config import EngineConfig
 
-    activations, head_dtype = options["activations"], options["head_dtype"]
-    kv_dtype = options["kv_cache_dtype"]
     budget = options["max_num_batched_tokens"]
     try:
         return EngineConfig(
@@ -289,10 +259,7 @@ def _engine_config(options: dict[str, Any]) -> EngineConfig:
             max_num_batched_tokens=budget or max(DEFAULT_BUDGET, options["max_num_seqs"]),
             block_size=options["block_size"],
             kv_cache_bytes=options["kv_cache_memory_bytes"],
-            num_threads=options["threads"],
-            activations=Activations(activations) if activations else None,
-            head_dtype=HeadDtype(head_dtype) if head_dtype else None,
-            kv_dtype=KVDtype(KV_DTYPES.get(kv_dtype, kv_dtype)),
+            **read_engine_options(options),
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from qserve.cli.errors import ExitCode
-from qserve.cli.main import COMMANDS, PROGRAM, cli
+from qserve.cli.main import PROGRAM, cli
 
 DOCS = Path(__file__).resolve().parent
 REFERENCE = DOCS / "reference"
@@ -20,35 +20,33 @@ WIDTH = 100  # so that the pages do not depend on who runs this
 
 def command_line() -> str:
     """The page about the command line: every command's own help, and the exit codes."""
-    context = click.Context(
-        cli,
-        info_name=PROGRAM,
-        terminal_width=WIDTH,
-        max_content_width=WIDTH,
-        **cli.context_settings,  # not applied by itself to a context that is made by hand
-    )
     parts = [
         "# Command line",
         "Written by `make docs` from the commands' own help: change it there.",
-        _help_block(PROGRAM, cli, context),
+        *_help_blocks(PROGRAM, cli, None),
+        "## Exit codes",
+        _exit_codes(),
     ]
-    for name in COMMANDS:
-        command = cli.get_command(context, name)
-        assert command is not None
-        child = click.Context(
-            command,
-            info_name=name,
-            parent=context,
-            terminal_width=WIDTH,
-            max_content_width=WIDTH,
-        )
-        parts.append(_help_block(f"{PROGRAM} {name}", command, child))
-    parts += ["## Exit codes", _exit_codes()]
     return "\n\n".join(parts) + "\n"
 
 
-def _help_block(title: str, command: click.Command, context: click.Context) -> str:
-    return f"## {title}\n\n```\n{command.get_help(context)}\n```"
+def _help_blocks(name: str, command: click.Command, parent: click.Context | None) -> list[str]:
+    """The help of a command, and of those below it."""
+    context = click.Context(
+        command,
+        info_name=name,
+        parent=parent,
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
+        **command.context_settings,  # not applied by itself to a context that is made by hand
+    )
+    blocks = [f"## {context.command_path}\n\n```\n{command.get_help(context)}\n```"]
+    if isinstance(command, click.Group):
+        for inner in command.list_commands(context):
+            found = command.get_command(context, inner)
+            assert found is not None
+            blocks += _help_blocks(inner, found, context)
+    return blocks
 
 
 def _exit_codes() -> str:

@@ -61,6 +61,11 @@ class ModelRunner:
         self._programs: dict[int, Program] = {}  # by the number of sequences
         self._records_programs = native.available() and self._model.is_native
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights that every step reads in full."""
+        return self._model.weight_bytes
+
     def run(self, chunks: Items[Chunk]) -> NDArray[np.float32]:
         """Compute the chunks; see ``engine.Runner``."""
         batch = self._batches.build(chunks)

@@ -12,6 +12,7 @@ from qserve.kernels.kv_store import rope_and_store, rope_table
 from qserve.kernels.paged_attention import Scoring, paged_attention
 from qserve.kernels.rms_norm import rms_norm
 from qserve.serve.batch import Batch
+from qserve.serve.layers.linear import Linear
 from qserve.serve.models.llama_config import LlamaConfig
 from qserve.serve.weights import WeightReader
 
@@ -110,12 +111,12 @@ class LlamaModel:
     @property
     def is_native(self) -> bool:
         """Whether ``compute`` calls nothing but native kernels when every row is sampled."""
-        linears = [
-            linear
-            for layer in self.layers
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        ]
-        return all(linear.is_native for linear in [*linears, self.head])
+        return all(linear.is_native for linear in self._linears())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the linear layers, which every step reads in full."""
+        return sum(linear.nbytes for linear in self._linears())
 
     @property
     def num_kernels(self) -> int:
@@ -159,6 +160,14 @@ class LlamaModel:
     def logits(self, num_samples: int) -> torch.Tensor:
         """The logits that the last ``compute`` left: float32 ``[num_samples, vocab_size]``."""
         return self._logits[:num_samples]
+
+    def _linears(self) -> list[Linear]:
+        linears = [
+            linear
+            for layer in self.layers
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        ]
+        return [*linears, self.head]
 
     def _allocate(self, num_tokens: int) -> Buffers:
         config = self.config

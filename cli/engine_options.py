@@ -1,0 +1,72 @@
+"""The options of every command that runs the engine: how it computes and what it keeps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from qserve.cli.cache import cache_folder
+from qserve.cli.console import say
+
+KV_DTYPES = {"auto": "float16", "fp16": "float16", "bf16": "bfloat16"}  # shorter names
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+OPTIONS = (
+    click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores."),
+    click.option(
+        "--activations",
+        type=click.Choice(["int8", "float32"]),
+        help="Input of the quantized layers: int8 is fast, float32 exact.",
+    ),
+    click.option(
+        "--head-dtype",
+        type=click.Choice(["int8", "float"]),
+        help="How the output layer is kept: int8 reads half the memory.",
+    ),
+    click.option(
+        "--kv-cache-dtype",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "float16", "fp16", "bfloat16", "bf16", "float32"]),
+        help="How keys and values are kept.",
+    ),
+)
+
+
+def engine_options(command: Command) -> Command:
+    """Decorate a command with the options, in order; ``read_engine_options`` reads them."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def read_engine_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``EngineConfig`` that the options set; None where the engine decides."""
+    from qserve.kernels.activations import Activations
+    from qserve.serve.config import HeadDtype, KVDtype
+
+    activations, head_dtype = options["activations"], options["head_dtype"]
+    kv_dtype = options["kv_cache_dtype"]
+    return {
+        "num_threads": options["threads"],
+        "activations": Activations(activations) if activations else None,
+        "head_dtype": HeadDtype(head_dtype) if head_dtype else None,
+        "kv_dtype": KVDtype(KV_DTYPES.get(kv_dtype, kv_dtype)),
+    }
+
+
+def find_folder(model: str) -> Path:
+    """The folder of a model that is named by folder, hub id or GGUF file.
+
+    Raises what ``quant.source.resolve_model`` raises.
+    """
+    if Path(model).is_dir():  # no need for the libraries that fetch and convert models
+        return Path(model)
+    from qserve.quant.source import resolve_model
+
+    return resolve_model(model, cache=cache_folder(os.environ), notice=say).folder
