@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from qserve.quant.architecture import Stage
-from qserve.quant.block_result import BlockResult, PackedWeight
+from qserve.quant.block_result import BlockResult, QuantizedWeight
 from qserve.quant.codes import choose_codes
 from qserve.quant.decoder import Block, ScratchMemory
 from qserve.quant.errors import CheckpointError
@@ -70,7 +70,7 @@ class AwqQuantizer:
         """Codes for every linear layer of the plan in the next block."""
         transformed = self._transform_(block)
         settle_(block, self._plan)
-        weights: dict[str, PackedWeight] = {}
+        weights: dict[str, QuantizedWeight] = {}
         layers: list[LayerReport] = []
         for stage, inputs in block.walk_(self._hidden, self._scratch):
             if self._plan.includes(block, stage):
@@ -107,7 +107,7 @@ class AwqQuantizer:
 
     def _quantize_stage_(
         self, block: Block, stage: Stage, gram: torch.Tensor, choice: ScaleChoice
-    ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
+    ) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
         """Replace the weights of a stage by what their codes stand for."""
         linears = [block.linear(name) for name in stage.linears]
         weight = torch.cat([linear.weight for linear in linears])

@@ -8,7 +8,7 @@ from qserve.kernels.codebook_weight import CodebookWeight
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.report import LayerReport
 
-PackedWeight = GroupedWeight | CodebookWeight
+QuantizedWeight = GroupedWeight | CodebookWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,6 @@ class BlockResult:
     calibration.
     """
 
-    weights: dict[str, PackedWeight]
+    weights: dict[str, QuantizedWeight]
     layers: tuple[LayerReport, ...]
     error: float | None

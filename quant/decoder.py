@@ -14,7 +14,6 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.architecture import Stage, architecture_of, check_attention
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
@@ -131,7 +130,7 @@ def _bypassed(parent: nn.Module, name: str) -> Iterator[None]:
 
 
 class Decoder:
-    """A float or AWQ checkpoint as embedding, blocks and head, each read when asked for.
+    """A float or quantized checkpoint as embedding, blocks and head, each read when asked for.
 
     Raises ``UnsupportedModelError`` for an architecture that is not in the table,
     ``CheckpointError`` for a configuration that contradicts itself.
@@ -185,7 +184,7 @@ class Decoder:
         module, _, kind = name.rpartition(".")
         if kind == "weight" and isinstance(block.module(module), nn.Linear):
             weight = self.checkpoint.linear(block.full_name(module))
-            value = weight.dequantize() if isinstance(weight, GroupedWeight) else weight
+            value = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
         else:
             value = self.checkpoint.tensor(full_name)
         expected = tuple(block.layer.get_parameter(name).shape)

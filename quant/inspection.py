@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from qserve.quant.errors import CheckpointError
-from qserve.quant.formats import awq
 from qserve.quant.formats.checkpoint import Checkpoint
 
 KV_BYTES = 2  # of one element of a 16-bit key-value cache
@@ -22,7 +21,8 @@ class Layer:
     """One module of the model: its weight, and what is stored beside it.
 
     shape: of the weight, ``(out_features, in_features)`` for a linear layer.
-    format: ``awq``, or the dtype, such as ``bfloat16``; for GGUF its own name, such as ``Q4_1``.
+    format: what packs it, such as ``awq``, or the dtype, such as ``bfloat16``; for GGUF its own
+        name, such as ``Q4_1``.
     bits: stored bits for each element of the weight, scales and zero points included.
     group_size: inputs that share a scale; None where nothing does.
     num_parameters, num_bytes: of all its tensors, a bias included.
@@ -85,43 +85,40 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
 
     Raises ``CheckpointError`` when these are damaged or contradict each other.
     """
-    group_size = None
-    if checkpoint.method == "awq":
-        group_size = awq.group_size_from(checkpoint.quantization_config or {})
-    modules: dict[str, list[str]] = {}
-    for name in checkpoint:
-        modules.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     layers = tuple(
-        _describe(checkpoint, name, modules[name], group_size)
-        for name in sorted(modules, key=_natural_order)
+        _describe(checkpoint, name) for name in sorted(checkpoint.modules, key=_natural_order)
     )
     return Inspection(
         path=checkpoint.folder,
         architecture=checkpoint.architecture,
-        format="awq" if checkpoint.method == "awq" else most_bytes(layers),
+        format=checkpoint.method or most_bytes(layers),
         kv_bytes_per_token=kv_bytes_per_token(checkpoint.config),
         layers=layers,
     )
 
 
-def _describe(
-    checkpoint: Checkpoint, module: str, keys: list[str], group_size: int | None
-) -> Layer:
-    shapes = {key: checkpoint.shape(f"{module}.{key}".lstrip(".")) for key in keys}
-    dtypes = {key: checkpoint.dtype(f"{module}.{key}".lstrip(".")) for key in keys}
-    num_bytes = {key: math.prod(shapes[key]) * dtype_bits(dtypes[key]) // 8 for key in keys}
-    packed = group_size is not None and "qweight" in keys
-    main = "weight" if "weight" in keys else keys[0]
-    shape = awq.layer_shape(shapes, group_size, module) if packed and group_size else shapes[main]
-    stored = awq.TENSORS if packed else (main,)
+def _describe(checkpoint: Checkpoint, module: str) -> Layer:
+    names = {key: f"{module}.{key}".lstrip(".") for key in checkpoint.modules[module]}
+    shapes = {key: checkpoint.shape(name) for key, name in names.items()}
+    dtypes = {key: checkpoint.dtype(name) for key, name in names.items()}
+    num_bytes = {key: math.prod(shapes[key]) * dtype_bits(dtypes[key]) // 8 for key in names}
+    main = "weight" if "weight" in names else next(iter(names))
+    packed = checkpoint.describe(module)
+    stored: tuple[str, ...] = (main,)
+    shape = shapes[main]
+    if packed is not None and checkpoint.format is not None:
+        stored = tuple(key for key in names if key in checkpoint.format.keys)
+        shape = (packed.out_features, packed.in_features)
     num_weights = math.prod(shape)
-    others = [key for key in keys if key not in stored]
+    others = [key for key in names if key not in stored]
     return Layer(
         name=module or main,
         shape=shape,
-        format="awq" if packed else DTYPE_NAMES.get(dtypes[main], dtypes[main].lower()),
+        format=str(checkpoint.method)
+        if packed
+        else DTYPE_NAMES.get(dtypes[main], dtypes[main].lower()),
         bits=8 * sum(num_bytes[key] for key in stored) / max(num_weights, 1),
-        group_size=group_size if packed else None,
+        group_size=packed.group_size if packed else None,
         num_parameters=num_weights + sum(math.prod(shapes[key]) for key in others),
         num_bytes=sum(num_bytes.values()),
     )

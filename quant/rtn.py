@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.quant.block_result import BlockResult, PackedWeight
+from qserve.quant.block_result import BlockResult, QuantizedWeight
 from qserve.quant.decoder import Block
 from qserve.quant.grid import LevelSet, Rounded, grid_over_all, nearest_levels
 from qserve.quant.options import Rounding
@@ -17,7 +17,7 @@ from qserve.quant.report import LayerReport
 
 def quantize_block(block: Block, plan: Plan, levels: LevelSet) -> BlockResult:
     """Codes for every linear layer of the plan in a block."""
-    weights: dict[str, PackedWeight] = {}
+    weights: dict[str, QuantizedWeight] = {}
     layers = []
     for stage in block.stages:
         if not plan.includes(block, stage):

@@ -1,4 +1,4 @@
-"""AutoAWQ's "gemm" format (owner: AutoAWQ 0.2.9, `awq/modules/linear/gemm.py`).
+"""AutoAWQ's formats (owner: AutoAWQ 0.2.9, `awq/modules/linear/`): "gemm" is written and read.
 
 Tensors of a linear layer with K inputs and N outputs, groups of G inputs:
 
@@ -6,26 +6,123 @@ Tensors of a linear layer with K inputs and N outputs, groups of G inputs:
     qzeros   int32   [K/G, N/8]  zero points, packed the same way, no offset
     scales   float16 [K/G, N]
     bias     as in the float checkpoint
+
+The other layouts, in ``awq_gemv.py``, are only read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
 
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.packing import pack_awq, unpack_awq
-from qserve.quant.errors import CheckpointError, UnsupportedModelError
+from qserve.quant.errors import UnsupportedModelError
+from qserve.quant.formats import awq_gemv
+from qserve.quant.formats.layer_format import (
+    FLOATS,
+    PackedLayer,
+    StoredTensor,
+    check_scales,
+    is_usable,
+    load,
+    read_bits,
+    read_group_size,
+    refuse_shapes,
+    require,
+    text_of,
+)
 
 BITS = 4
 CODES_PER_WORD = 8
-TENSORS = ("qweight", "qzeros", "scales")
+KEYS = ("qweight", "qzeros", "scales")
 OUT_FEATURES_MULTIPLE = 32  # AutoAWQ's packer sizes its words as N // 32 * 4
 
 
-def config_block(group_size: int, ignored: list[str]) -> dict[str, Any]:
+class Layout(Enum):
+    """How the codes lie: ``version`` of the configuration."""
+
+    GEMM = "gemm"
+    GEMV = "gemv"
+    GEMV_FAST = "gemv_fast"
+    LLM_AWQ = "llm-awq"
+
+
+@dataclass(frozen=True, slots=True)
+class AwqFormat:
+    """AWQ checkpoints of one layout. group_size: -1 for one group a row."""
+
+    group_size: int
+    layout: Layout = Layout.GEMM
+    name: str = "awq"
+    activations: None = None
+    keys: tuple[str, ...] = (*KEYS, "scaled_zeros")
+
+    @classmethod
+    def from_config(cls, block: Mapping[str, Any]) -> AwqFormat:
+        """The format that a ``quantization_config`` describes, in any of its spellings.
+
+        Raises ``UnsupportedModelError`` unless it has 4 bits in a layout that is read.
+        """
+        read_bits("AWQ", block.get("bits", block.get("w_bit")), (BITS,))
+        version = text_of(block, "version", "checkpoint_format", "format") or Layout.GEMM.value
+        if version not in [layout.value for layout in Layout]:
+            listed = ", ".join(layout.value for layout in Layout)
+            raise UnsupportedModelError(
+                f"AWQ in the {version!r} layout, which is made for one kernel: expected one of "
+                f"{listed}; quantize the float checkpoint again"
+            )
+        group_size = read_group_size("AWQ", block.get("group_size", block.get("q_group_size")))
+        return cls(group_size, Layout(version))
+
+    def describe(self, layer: str, stored: Mapping[str, StoredTensor]) -> PackedLayer | None:
+        """See ``Format``."""
+        if "qweight" not in stored:
+            return None
+        if self.layout is Layout.GEMV:
+            return awq_gemv.describe_gemv(layer, stored, self.group_size)
+        if self.layout is not Layout.GEMM:
+            return awq_gemv.describe_fast(layer, stored, self.group_size)
+        require(layer, stored, {"qweight": ["I32"], "qzeros": ["I32"], "scales": FLOATS})
+        qweight, qzeros, scales = (stored[key].shape for key in KEYS)
+        in_features, num_words = qweight if len(qweight) == 2 else (0, 0)
+        group_size = in_features if self.group_size == -1 else self.group_size
+        num_groups, rest = divmod(in_features, group_size) if group_size else (0, 0)
+        out_features = num_words * CODES_PER_WORD
+        closes = qzeros == (num_groups, num_words) and scales == (num_groups, out_features)
+        if rest or not num_groups or not closes:
+            raise refuse_shapes(
+                layer,
+                {key: stored[key] for key in KEYS},
+                f"groups of {self.group_size}: expected [inputs, outputs/8], "
+                f"[inputs/{self.group_size}, outputs/8] and [inputs/{self.group_size}, outputs]",
+            )
+        return PackedLayer(out_features, in_features, BITS, group_size)
+
+    def read(self, layer: str, stored: Mapping[str, StoredTensor]) -> GroupedWeight:
+        """See ``Format``."""
+        packed = self.describe(layer, stored)
+        assert packed is not None
+        tensors = load(stored)
+        check_scales(layer, tensors["scales"])
+        if self.layout is Layout.GEMV:
+            return awq_gemv.read_gemv(tensors, packed)
+        if self.layout is not Layout.GEMM:
+            return awq_gemv.read_fast(tensors, packed)
+        return GroupedWeight(
+            codes=unpack_awq(tensors["qweight"]).T.contiguous(),
+            scales=tensors["scales"].T.contiguous(),
+            zero_points=unpack_awq(tensors["qzeros"]).T.contiguous(),
+            bits=BITS,
+            group_size=packed.group_size,
+        )
+
+
+def config_block(group_size: int, ignored: Sequence[str]) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``, with AutoAWQ's keys.
 
     ignored: full names of the linear modules left in 16 bits. Readers match them in different
@@ -37,28 +134,8 @@ def config_block(group_size: int, ignored: list[str]) -> dict[str, Any]:
         "group_size": group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": ignored or None,
+        "modules_to_not_convert": list(ignored) or None,
     }
-
-
-def group_size_from(config: Mapping[str, Any]) -> int:
-    """The group size that a ``quantization_config`` states.
-
-    Raises ``UnsupportedModelError`` unless the block describes 4 bits in the gemm layout.
-    """
-    bits = config.get("bits", config.get("w_bit"))
-    version = str(config.get("version") or config.get("format") or "gemm").lower()
-    if bits != BITS or version != "gemm":
-        raise UnsupportedModelError(
-            f"AWQ with {bits} bits in the {version!r} layout: only 4 bits in the 'gemm' layout "
-            "can be read; quantize the float checkpoint again"
-        )
-    group_size = config.get("group_size", config.get("q_group_size"))
-    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size <= 0:
-        raise UnsupportedModelError(
-            f"AWQ group_size {group_size!r}: expected a positive number such as 32, 64 or 128"
-        )
-    return group_size
 
 
 def pack(weight: GroupedWeight) -> dict[str, torch.Tensor]:
@@ -74,8 +151,10 @@ def pack(weight: GroupedWeight) -> dict[str, torch.Tensor]:
             f"AWQ gemm needs a multiple of {OUT_FEATURES_MULTIPLE} outputs, "
             f"got {weight.out_features}"
         )
+    if weight.input_order is not None or weight.channel_scales is not None:
+        raise ValueError("AWQ gemm holds neither activation order nor outer scales")
     scales = weight.scales.T.contiguous().to(torch.float16)
-    if not _usable(scales):
+    if not is_usable(scales):
         raise ValueError(
             "a scale is zero, infinite or NaN in float16, which is what AWQ stores: expected "
             "magnitudes of 6e-8 to 65504"
@@ -85,55 +164,3 @@ def pack(weight: GroupedWeight) -> dict[str, torch.Tensor]:
         "qzeros": pack_awq(weight.zero_points.T.contiguous()),
         "scales": scales,
     }
-
-
-def layer_shape(shapes: Mapping[str, Sequence[int]], group_size: int, name: str) -> tuple[int, int]:
-    """``(out_features, in_features)`` of layer ``name``, from the shapes of its three tensors.
-
-    Raises ``CheckpointError`` when a tensor is missing or the shapes do not close.
-    """
-    missing = [key for key in TENSORS if key not in shapes]
-    if missing:
-        raise CheckpointError(f"{name}: {', '.join(missing)} missing: the checkpoint is incomplete")
-    qweight, qzeros, scales = (tuple(shapes[key]) for key in TENSORS)
-    in_features, num_words = qweight if len(qweight) == 2 else (0, 0)
-    num_groups, rest = divmod(in_features, group_size)
-    out_features = num_words * CODES_PER_WORD
-    closes = qzeros == (num_groups, num_words) and scales == (num_groups, out_features)
-    if rest or not num_groups or not closes:
-        raise CheckpointError(
-            f"{name}: qweight {qweight}, qzeros {qzeros} and scales {scales} do not fit groups of "
-            f"{group_size}: expected [inputs, outputs/8], [inputs/{group_size}, outputs/8] and "
-            f"[inputs/{group_size}, outputs]; config.json and the tensors disagree"
-        )
-    return out_features, in_features
-
-
-def unpack(tensors: Mapping[str, torch.Tensor], group_size: int, name: str) -> GroupedWeight:
-    """The weight that ``qweight``, ``qzeros`` and ``scales`` of layer ``name`` hold.
-
-    Raises ``CheckpointError`` when a tensor is missing, has another dtype, when the shapes do not
-    close, or when a scale is zero or not finite.
-    """
-    layer_shape({key: tensor.shape for key, tensor in tensors.items()}, group_size, name)
-    qweight, qzeros, scales = (tensors[key] for key in TENSORS)
-    if {qweight.dtype, qzeros.dtype} != {torch.int32} or not scales.is_floating_point():
-        raise CheckpointError(
-            f"{name}: qweight {qweight.dtype}, qzeros {qzeros.dtype}, scales {scales.dtype}: "
-            "expected int32, int32 and float16; this is not AWQ's gemm layout"
-        )
-    if not _usable(scales):
-        raise CheckpointError(
-            f"{name}: scales hold zero, infinite or NaN values: the file is damaged"
-        )
-    return GroupedWeight(
-        codes=unpack_awq(qweight).T.contiguous(),
-        scales=scales.T.contiguous(),
-        zero_points=unpack_awq(qzeros).T.contiguous(),
-        bits=BITS,
-        group_size=group_size,
-    )
-
-
-def _usable(scales: torch.Tensor) -> bool:
-    return bool(torch.isfinite(scales).all()) and not bool((scales == 0).any())

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from qserve.kernels.grouped_weight import GroupedWeight
-from qserve.quant.errors import CheckpointError, UnsupportedModelError
-from qserve.quant.formats import awq
+from qserve.kernels.activations import Activations
+from qserve.quant.errors import CheckpointError
+from qserve.quant.formats.layer_format import Format, PackedLayer, QuantizedWeight, StoredTensor
+from qserve.quant.formats.registry import read_format
 
 SINGLE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,9 +25,12 @@ QUANTIZED_LINEAR_MARKS = (
     ".qweight",
     ".weight_packed",
     ".weight_scale",
+    ".weight_scale_inv",
     ".SCB",
     ".weight.quant_map",
 )
+SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ described the quantization before ``config.json`` did, and theirs."""
 
 
 class Checkpoint:
@@ -57,15 +61,18 @@ class Checkpoint:
             )
         return names[0]
 
-    @property
+    @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
-        """The ``quantization_config`` block, None for a float checkpoint."""
+        """The ``quantization_config`` block, or a side file's; None for a float checkpoint."""
         block = self.config.get("quantization_config")
         if block is not None and not isinstance(block, dict):
             raise CheckpointError(
                 f"{self.folder / 'config.json'}: quantization_config holds "
                 f"{type(block).__name__}, expected an object"
             )
+        for name, method in SIDE_FILES.items():
+            if block is None and (self.folder / name).is_file():
+                block = {"quant_method": method, **read_object(self.folder, name)}
         return block
 
     @cached_property
@@ -129,42 +136,66 @@ class Checkpoint:
         return value
 
     @cached_property
-    def method(self) -> str | None:
-        """``awq`` for a checkpoint that we read packed, None for a float one.
+    def format(self) -> Format | None:
+        """How the linear layers are packed; None for a float checkpoint.
 
-        Raises ``UnsupportedModelError`` for any other quantization.
+        Raises ``UnsupportedModelError`` for a quantization that is not read.
         """
         block = self.quantization_config
-        if block is None:
-            marked = [name for name in self if name.endswith(QUANTIZED_LINEAR_MARKS)]
-            if marked:
-                raise CheckpointError(
-                    f"{self.folder} holds packed tensors ({marked[0]}), but its config.json has no "
-                    "quantization_config: fetch the config.json that belongs to the weights"
-                )
-            return None
-        method = block.get("quant_method")
-        if method != "awq":
-            raise UnsupportedModelError(
-                f"{self.folder} is quantized with {method!r}: float and AWQ (gemm) checkpoints "
-                "can be read"
+        if block is not None:
+            return read_format(block, str(self.folder))
+        marked = [name for name in self if name.endswith(QUANTIZED_LINEAR_MARKS)]
+        if marked:
+            raise CheckpointError(
+                f"{self.folder} holds packed tensors ({marked[0]}), but its config.json has no "
+                "quantization_config: fetch the config.json that belongs to the weights"
             )
-        awq.group_size_from(block)
-        return "awq"
+        return None
 
-    def linear(self, name: str) -> GroupedWeight | torch.Tensor:
+    @property
+    def method(self) -> str | None:
+        """What the configuration calls the format, such as ``awq``; None for a float checkpoint."""
+        return None if self.format is None else self.format.name
+
+    @property
+    def activations(self) -> Activations | None:
+        """The activations that the checkpoint was made for; None when it leaves them open."""
+        return None if self.format is None else self.format.activations
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[str, ...]]:
+        """Module name -> the rest of the names of its tensors, such as ``weight`` and ``bias``."""
+        keys = () if self.format is None else self.format.keys
+        modules: dict[str, tuple[str, ...]] = {}
+        for name in self:
+            ends = [key for key in keys if name.endswith(f".{key}")]
+            end = max(ends, key=len, default=name.rpartition(".")[2])
+            module = name.removesuffix(end).removesuffix(".")
+            modules[module] = (*modules.get(module, ()), end)
+        return modules
+
+    def describe(self, name: str) -> PackedLayer | None:
+        """Layer ``name`` by the headers of its tensors; None when it is not packed."""
+        return None if self.format is None else self.format.describe(name, self._stored(name))
+
+    def linear(self, name: str) -> QuantizedWeight | torch.Tensor:
         """The weight of linear layer ``name`` (no ``.weight``).
 
-        Packed codes where the checkpoint has them, else the float tensor ``[N, K]``.
+        Codes in neutral form where the checkpoint has them, else the float tensor ``[N, K]``.
         """
-        if self.method == "awq" and f"{name}.qweight" in self:
-            assert self.quantization_config is not None
-            group_size = awq.group_size_from(self.quantization_config)
-            tensors = {
-                key: self.tensor(f"{name}.{key}") for key in awq.TENSORS if f"{name}.{key}" in self
-            }
-            return awq.unpack(tensors, group_size, name)
+        if self.format is not None and self.describe(name) is not None:
+            return self.format.read(name, self._stored(name))
         return self.tensor(f"{name}.weight")
+
+    def _stored(self, layer: str) -> dict[str, StoredTensor]:
+        """What there is of the tensors of a packed layer."""
+        assert self.format is not None
+        names = {key: f"{layer}.{key}" for key in self.format.keys}
+        return {
+            key: StoredTensor(self.shape(name), self.dtype(name), partial(self.tensor, name))
+            for key, name in names.items()
+            if name in self
+        }
 
 
 def read_object(folder: Path, name: str) -> dict[str, Any]:

@@ -186,8 +186,27 @@ def test_folder_without_a_config_is_not_a_model(tmp_path: Path) -> None:
     ("block", "error", "message"),
     [
         ("awq", CheckpointError, "holds str, expected an object"),
-        ({"quant_method": "gptq"}, UnsupportedModelError, "quantized with 'gptq'"),
+        ({"quant_method": "modelopt"}, UnsupportedModelError, "quantized with 'modelopt'"),
+        ({"quant_method": "mxfp4"}, UnsupportedModelError, "quantized with 'mxfp4'"),
+        ({"quant_method": 4}, UnsupportedModelError, "quantized with None"),
         ({}, UnsupportedModelError, "quantized with None"),
+        ({"quant_method": "gptq"}, UnsupportedModelError, "GPTQ with None bits"),
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+            UnsupportedModelError,
+            "'marlin' layout",
+        ),
+        ({"quant_method": "compressed-tensors"}, UnsupportedModelError, "without config_groups"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128]},
+            UnsupportedModelError,
+            r"weight_block_size \[128\]",
+        ),
+        (
+            {"quant_method": "auto-round", "packing_format": "auto_round:mxfp8"},
+            UnsupportedModelError,
+            "AutoRound packed as",
+        ),
         ({"quant_method": "awq", "bits": 8}, UnsupportedModelError, "8 bits"),
     ],
 )

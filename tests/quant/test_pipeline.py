@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.awq import AwqQuantizer
 from qserve.quant.calibration import gather_calibration
 from qserve.quant.decoder import Decoder
@@ -221,7 +222,7 @@ def test_rounding_to_nearest_reads_no_text(
     norm = "model.layers.0.input_layernorm.weight"
     assert torch.equal(state[norm], source[norm].half())
     weight = Checkpoint(tmp_path / "out").linear("model.layers.0.mlp.up_proj")
-    assert not isinstance(weight, torch.Tensor)
+    assert isinstance(weight, GroupedWeight)
     original = source["model.layers.0.mlp.up_proj.weight"].float()
     steps = weight.scales.float().repeat_interleave(32, 1)
     # Half a step, and what the zero point and the float16 scale move the ends of the range.
