@@ -13,35 +13,35 @@ class NativeWeight:
 
     kind: the class of the extension. sizes: what its constructor takes, integers and booleans.
     nbytes: of the layout, which holds all of the weight and is the same for every instruction set.
-    run: its product, see kernels/csrc.
+    run: its product, see kernels/csrc. product: the object itself, for ops made of products.
     """
 
-    __slots__ = ("_memory", "_native", "kind", "nbytes", "run", "sizes")
+    __slots__ = ("_memory", "kind", "nbytes", "product", "run", "sizes")
 
     def __init__(self, kind: str, sizes: tuple[int, ...]) -> None:
         """Has no memory yet: call ``pack``, ``allocate`` or ``attach`` before ``run``."""
-        self._native: Any = getattr(extension(), kind)(*sizes)
+        self.product: Any = getattr(extension(), kind)(*sizes)
         self._memory: object = None
         self.kind = kind
         self.sizes = sizes
-        self.nbytes: int = self._native.nbytes
-        self.run: Callable[..., None] = self._native.run
+        self.nbytes: int = self.product.nbytes
+        self.run: Callable[..., None] = self.product.run
 
     @property
     def address(self) -> int:
         """Where the layout lies."""
-        return int(self._native.address)
+        return int(self.product.address)
 
     def pack(self, *addresses: int) -> None:
         """Makes the layout of the arrays at ``addresses``: those that ``kind`` packs."""
-        self._native.pack(*addresses)
+        self.product.pack(*addresses)
 
     def allocate(self) -> int:
         """The address of new memory of ``nbytes``, to which the caller writes the layout."""
-        return int(self._native.allocate())
+        return int(self.product.allocate())
 
     def attach(self, address: int, memory: object) -> None:
         """Runs on the layout at ``address``, on a 64-byte boundary, inside ``memory``, which is
         kept."""
-        self._native.attach(address)
+        self.product.attach(address)
         self._memory = memory

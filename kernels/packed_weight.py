@@ -34,8 +34,15 @@ class PackedWeight:
 def from_native(native: NativeWeight) -> PackedWeight:
     """The weight that lies in a native layout, packed here or attached."""
     out_features, in_features, *_ = native.sizes
-    run = partial(_run_dense if native.kind == "DenseWeight" else _run_panels, native)
+    run = partial(_run_native, native)
     return PackedWeight(in_features, out_features, native.nbytes, Backend.CPU, run, native)
+
+
+def round_ahead(x: torch.Tensor, activations: Activations) -> tuple[torch.Tensor, bool]:
+    """Rows for a native product, and whether it is to round them to int8 itself."""
+    if activations in (Activations.INT8_TOKEN, Activations.FLOAT8_TOKEN):
+        x = round_activations(x, activations)
+    return x, activations is Activations.INT8
 
 
 def multiply(
@@ -64,20 +71,8 @@ def check_bias(bias: torch.Tensor | None, out_features: int) -> None:
         raise ValueError(f"the bias has shape {tuple(bias.shape)}, expected ({out_features},)")
 
 
-def _run_dense(native: NativeWeight, x: torch.Tensor, out: torch.Tensor, _: Activations) -> None:
-    native.run(x.data_ptr(), x.stride()[0], x.shape[0], out.data_ptr(), out.stride()[0])
-
-
-def _run_panels(
+def _run_native(
     native: NativeWeight, x: torch.Tensor, out: torch.Tensor, activations: Activations
 ) -> None:
-    if activations in (Activations.INT8_TOKEN, Activations.FLOAT8_TOKEN):
-        x = round_activations(x, activations)
-    native.run(
-        x.data_ptr(),
-        x.stride()[0],
-        x.shape[0],
-        out.data_ptr(),
-        out.stride()[0],
-        activations is Activations.INT8,
-    )
+    x, quantized = round_ahead(x, activations)
+    native.run(x.data_ptr(), x.stride()[0], x.shape[0], out.data_ptr(), out.stride()[0], quantized)

@@ -20,5 +20,7 @@ void bind_weights(nanobind::module_& m);
 void bind_rows(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_machine(nanobind::module_& m);
+void bind_experts(nanobind::module_& m);
+void bind_sampling(nanobind::module_& m);
 
 }  // namespace qserve

@@ -1,4 +1,4 @@
-// The norm and the gated activations.
+// The gated activations, and the sum over the experts of a row.
 #pragma once
 
 #include "row_kernels.h"
@@ -6,33 +6,6 @@
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
-
-void rms_norm(const NormJob& job, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const float* x = job.x + row * job.x_stride;
-    float* residual = job.residual ? job.residual + row * job.residual_stride : nullptr;
-    float* out = job.out + row * job.out_stride;
-    F squares = zero();
-    for (int64_t i = 0; i < job.width; i += W) {
-      const int count = job.width - i < W ? int(job.width - i) : W;
-      F value = load_part(x + i, count);
-      if (residual) {
-        value = add(value, load_part(residual + i, count));
-        store_part(residual + i, value, count);
-      }
-      squares = fma(value, value, squares);
-    }
-    const float* source = residual ? residual : x;
-    const float mean = add_lanes(squares) / float(job.width);
-    const F scale = set1(1.0f / __builtin_sqrtf(mean + job.eps));
-    for (int64_t i = 0; i < job.width; i += W) {
-      const int count = job.width - i < W ? int(job.width - i) : W;
-      const F value = mul(load_part(source + i, count), scale);
-      const F weight = add(load_part(job.weight + i, count), set1(job.weight_offset));
-      store_part(out + i, mul(value, weight), count);
-    }
-  }
-}
 
 // x / (1 + e^-x)
 QSERVE_INLINE F silu(F x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
@@ -84,6 +57,20 @@ void gated_activation(const GateJob& job, int64_t begin, int64_t end) {
       return gate_rows<Gate::kGelu>(job, begin, end);
     case Gate::kGeluTanh:
       return gate_rows<Gate::kGeluTanh>(job, begin, end);
+  }
+}
+
+void weighted_sum(const WeightedSumJob& job, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const float* x = job.x + row * job.count * job.width;
+    const float* weights = job.weights + row * job.count;
+    float* out = job.out + row * job.width;
+    for (int64_t i = 0; i < job.width; i += W) {
+      const int count = job.width - i < W ? int(job.width - i) : W;
+      F sum = zero();
+      for (int64_t j = 0; j < job.count; ++j) sum = fma(set1(weights[j]), load_part(x + j * job.width + i, count), sum);
+      store_part(out + i, sum, count);
+    }
   }
 }
 

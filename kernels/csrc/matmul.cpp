@@ -35,20 +35,49 @@ uint16_t to_half(float x) {
   return uint16_t(sign | uint32_t(scaled * 0x1p24f));
 }
 
+// Panels whose outputs a sink gets together.
+constexpr int64_t kPanelsAtOnce = 8;
+
+// Panels of a task, for a sink a few at a time.
+template <typename Job>
+void run_tile(const Job& job, const TileRange& range, void (*kernel)(const Job&, const TileRange&), OutputSink* sink,
+              int64_t slot) {
+  if (sink == nullptr) return kernel(job, range);
+  constexpr int64_t stride = kPanelsAtOnce * kPanel;
+  const int64_t rows = range.row_end - range.row_begin;
+  auto* values = reinterpret_cast<float*>(scratch(ScratchUse::kTask, rows * stride * sizeof(float)));
+  Job piece = job;
+  piece.out_stride = stride;
+  for (int64_t panel = range.panel_begin; panel < range.panel_end; panel += kPanelsAtOnce) {
+    const int64_t end = std::min(panel + kPanelsAtOnce, range.panel_end), column = panel * kPanel;
+    piece.out = values - range.row_begin * stride - column;
+    kernel(piece, {range.row_begin, range.row_end, panel, end});
+    sink->take({.values = values,
+                .stride = stride,
+                .row = range.row_begin,
+                .num_rows = rows,
+                .column = column,
+                .num_columns = std::min(end * kPanel, job.out_features) - column,
+                .slot = slot});
+  }
+}
+
 // Splits rows and panels into tasks and runs them.
 template <typename Job>
-void run_tiles(const Job& job, int64_t num_panels, void (*kernel)(const Job&, const TileRange&)) {
+void run_tiles(const Job& job, int64_t num_panels, void (*kernel)(const Job&, const TileRange&), OutputSink* sink) {
   if (job.rows * num_panels * kPanel * job.k < kAloneWork) {
-    kernel(job, {0, job.rows, 0, num_panels});
+    run_tile(job, {0, job.rows, 0, num_panels}, kernel, sink, 0);
     return;
   }
   const int64_t row_tasks = divide_up(job.rows, kRowsPerTask);
-  const int64_t wanted = divide_up(kTasksPerThread * num_threads(), row_tasks);
+  int64_t wanted = divide_up(kTasksPerThread * num_threads(), row_tasks);
+  if (sink != nullptr) wanted = std::min(wanted, sink->num_slots());
   const int64_t panels_per_task = round_up(divide_up(num_panels, wanted), num_panels >= 4 * wanted ? 4 : 1);
   const int64_t panel_tasks = divide_up(num_panels, panels_per_task);
   run_tasks(row_tasks * panel_tasks, [&](int64_t task) {
-    const int64_t row = task / panel_tasks * kRowsPerTask, panel = task % panel_tasks * panels_per_task;
-    kernel(job, {row, std::min(row + kRowsPerTask, job.rows), panel, std::min(panel + panels_per_task, num_panels)});
+    const int64_t row = task / panel_tasks * kRowsPerTask, slot = task % panel_tasks, panel = slot * panels_per_task;
+    const TileRange range{row, std::min(row + kRowsPerTask, job.rows), panel, std::min(panel + panels_per_task, num_panels)};
+    run_tile(job, range, kernel, sink, slot);
   });
 }
 
@@ -106,24 +135,28 @@ void PanelWeight::pack_panel(uint8_t* panel, int64_t p, const uint8_t* codes, co
   }
 }
 
-void PanelWeight::multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride,
-                           bool quantized) const {
-  PanelJob job = job_;
-  job.panels = data();
-  job.x_stride = x_stride;
-  job.out_stride = out_stride;
-  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
-    job.rows = std::min(kRowsAtOnce, rows - row);
-    job.x = x + row * x_stride;
-    job.out = out + row * out_stride;
-    multiply_some(job, quantized);
+void PanelWeight::multiply(const Product& product) const {
+  if (product.sink != nullptr) return multiply_some(product);  // which has room for a limited number of rows itself
+  for (int64_t row = 0; row < product.rows; row += kRowsAtOnce) {
+    Product some = product;
+    some.rows = std::min(kRowsAtOnce, product.rows - row);
+    some.x += row * product.x_stride;
+    some.out += row * product.out_stride;
+    multiply_some(some);
   }
 }
 
-void PanelWeight::multiply_some(PanelJob& job, bool quantized) const {
+void PanelWeight::multiply_some(const Product& product) const {
   const MatmulKernels& table = kernels().matmul;
-  if (!quantized) {
-    run_tiles(job, num_panels_, bits_ == 4 ? table.int4_exact : table.int8_exact);
+  PanelJob job = job_;
+  job.panels = data();
+  job.x = product.x;
+  job.x_stride = product.x_stride;
+  job.rows = product.rows;
+  job.out = product.out;
+  job.out_stride = product.out_stride;
+  if (!product.quantized) {
+    run_tiles(job, num_panels_, bits_ == 4 ? table.int4_exact : table.int8_exact, product.sink);
     return;
   }
   const size_t codes = job.rows * padded_k_, groups = codes / kActivationGroup, sums = job.rows * job.num_groups;
@@ -141,7 +174,7 @@ void PanelWeight::multiply_some(PanelJob& job, bool quantized) const {
     const int64_t row = task * rows_per_task;
     table.quantize_rows(rounding, row, std::min(row + rows_per_task, job.rows));
   });
-  run_tiles(job, num_panels_, bits_ == 4 ? table.int4_quantized : table.int8_quantized);
+  run_tiles(job, num_panels_, bits_ == 4 ? table.int4_quantized : table.int8_quantized, product.sink);
 }
 
 DenseWeight::DenseWeight(int64_t out_features, int64_t in_features, FloatType type) {
@@ -173,15 +206,15 @@ void DenseWeight::pack(const void* weight) {
   }
 }
 
-void DenseWeight::multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride) const {
+void DenseWeight::multiply(const Product& product) const {
   DenseJob job = job_;
   job.panels = data();
-  job.x = x;
-  job.x_stride = x_stride;
-  job.rows = rows;
-  job.out = out;
-  job.out_stride = out_stride;
-  run_tiles(job, num_panels_, kernels().matmul.dense);
+  job.x = product.x;
+  job.x_stride = product.x_stride;
+  job.rows = product.rows;
+  job.out = product.out;
+  job.out_stride = product.out_stride;
+  run_tiles(job, num_panels_, kernels().matmul.dense, product.sink);
 }
 
 }  // namespace qserve

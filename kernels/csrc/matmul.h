@@ -2,12 +2,12 @@
 #pragma once
 
 #include "matmul_kernels.h"
-#include "weight_memory.h"
+#include "product.h"
 
 namespace qserve {
 
 // A 4-bit or 8-bit weight.
-class PanelWeight : public PackedWeight {
+class PanelWeight : public Weight {
  public:
   // Throws std::invalid_argument for sizes that do not fit the layout.
   PanelWeight(int bits, int64_t out_features, int64_t in_features, int64_t group_size, bool wide);
@@ -16,12 +16,13 @@ class PanelWeight : public PackedWeight {
   // else null. Throws std::bad_alloc.
   void pack(const uint8_t* codes, const float* scales, const uint8_t* zero_points);
 
-  // out [rows][N] = x [rows][K] * weight^T.
-  void multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride, bool quantized) const;
+  int64_t out_features() const override { return job_.out_features; }
+  int64_t in_features() const override { return job_.k; }
+  void multiply(const Product& product) const override;
 
  private:
   void pack_panel(uint8_t* panel, int64_t index, const uint8_t* codes, const float* scales, const uint8_t* zero_points) const;
-  void multiply_some(PanelJob& job, bool quantized) const;
+  void multiply_some(const Product& product) const;
 
   int bits_;
   int64_t num_panels_, padded_k_;
@@ -29,14 +30,16 @@ class PanelWeight : public PackedWeight {
 };
 
 // A float weight.
-class DenseWeight : public PackedWeight {
+class DenseWeight : public Weight {
  public:
   DenseWeight(int64_t out_features, int64_t in_features, FloatType type);
 
   // Makes the panels. weight [N][K]. Throws std::bad_alloc.
   void pack(const void* weight);
 
-  void multiply(const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride) const;
+  int64_t out_features() const override { return job_.out_features; }
+  int64_t in_features() const override { return job_.k; }
+  void multiply(const Product& product) const override;
 
  private:
   int64_t num_panels_;

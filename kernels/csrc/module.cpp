@@ -37,4 +37,6 @@ NB_MODULE(_cpu, m) {
   qserve::bind_rows(m);
   qserve::bind_attention(m);
   qserve::bind_machine(m);
+  qserve::bind_experts(m);
+  qserve::bind_sampling(m);
 }

@@ -1,4 +1,4 @@
-// The ops on each row of a batch: norm, activation.
+// The ops on each row of a batch: norms, activations.
 #pragma once
 
 #include "row_kernels.h"
@@ -6,6 +6,8 @@
 namespace qserve {
 
 void rms_norm(const NormJob& job, int64_t rows);
+void rms_norm_int8(const RoundedNormJob& job, int64_t rows);
+void layer_norm(const LayerNormJob& job, int64_t rows);
 void gated_activation(const GateJob& job, int64_t rows);
 
 }  // namespace qserve

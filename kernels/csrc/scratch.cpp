@@ -19,8 +19,8 @@ struct Block {
 }  // namespace
 
 std::byte* scratch(ScratchUse use, size_t bytes) {
-  thread_local Block blocks[2];
-  Block& block = blocks[use == ScratchUse::kTask];
+  thread_local Block blocks[3];
+  Block& block = blocks[int(use)];
   if (block.size < bytes || block.memory == nullptr) {
     const size_t size = std::max(bytes, block.size * 3 / 2 + 4096);
     block.memory.reset();

@@ -5,8 +5,9 @@
 
 namespace qserve {
 
-// Two purposes that may be alive at the same time in one thread: what a call shares with all its tasks, and what a task needs.
-enum class ScratchUse { kCall, kTask };
+// Purposes that may be alive at the same time in one thread: what an op of several products keeps around them, what a call
+// shares with all its tasks, and what a task needs.
+enum class ScratchUse : int { kOp, kCall, kTask };
 
 // At least `bytes` of memory on a 64-byte boundary, valid until the same thread asks for the same use again. It grows and is kept:
 // a step asks for the same amounts as the step before. Throws std::bad_alloc.

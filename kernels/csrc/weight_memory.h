@@ -18,6 +18,8 @@ std::shared_ptr<uint8_t[]> allocate_weight(size_t bytes);
 // order of inputs) lies elsewhere.
 class PackedWeight {
  public:
+  virtual ~PackedWeight() = default;
+
   int64_t nbytes() const { return nbytes_; }
 
   // The layout; null before there is one.

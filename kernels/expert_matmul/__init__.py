@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.backend import Backend
-from qserve.kernels.expert_matmul import reference
-from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.kernels.backend import Backend, choose
+from qserve.kernels.expert_matmul import cpu, reference
+from qserve.kernels.linear_weight import NeutralWeight, prepare_linear, shape_of
 
 __all__ = ["ExpertWeights", "combine_experts", "expert_matmul", "prepare", "route_tokens"]
 
@@ -33,31 +33,26 @@ class ExpertWeights:
     layout: Any
 
 
-def prepare(
-    experts: Sequence[GroupedWeight | torch.Tensor], device: torch.device = CPU
-) -> ExpertWeights:
-    """The weights of one layer's experts, all of one shape, repacked once for fast products.
+def prepare(experts: Sequence[NeutralWeight], device: torch.device = CPU) -> ExpertWeights:
+    """The weights of one layer's experts, all of one shape and of any format, repacked once for
+    fast products on ``device``.
 
-    Each is a ``GroupedWeight`` of 4 or 8 bits or a float ``[N, K]``. Raises ``ValueError`` for
-    none, for shapes that differ and for other bits.
+    Raises ``ValueError`` for none and for shapes that differ, and what ``prepare_linear`` raises.
     """
-    if not experts:
-        raise ValueError("a layer has no experts, expected at least one")
-    shapes = {(expert.shape[0], expert.shape[1]) for expert in map(_codes, experts)}
+    shapes = {shape_of(expert) for expert in experts}
     if len(shapes) != 1:
-        raise ValueError(f"experts have shapes {sorted(shapes)}, expected one for all")
-    (out_features, in_features), *_ = shapes
-    dense = [
-        (expert.dequantize() if isinstance(expert, GroupedWeight) else expert).to(device)
-        for expert in experts
-    ]
+        raise ValueError(f"experts have shapes {sorted(shapes)}, expected one for all, and experts")
+    out_features, in_features = shapes.pop()
+    packed = tuple(prepare_linear(expert, device) for expert in experts)
+    native = [weight.native for weight in packed if weight.native is not None]
+    is_native = len(native) == len(packed)
     return ExpertWeights(
         num_experts=len(experts),
         in_features=in_features,
         out_features=out_features,
-        nbytes=sum(weight.nbytes for weight in dense),
-        backend=Backend.REFERENCE,
-        layout=dense,
+        nbytes=sum(weight.nbytes for weight in packed),
+        backend=Backend.CPU if is_native else Backend.REFERENCE,
+        layout=cpu.group(native) if is_native else packed,
     )
 
 
@@ -79,7 +74,8 @@ def expert_matmul(
     there, ``TypeError`` for dtypes that do not fit.
     """
     out = _check(x, experts, expert_ids, out)
-    reference.expert_matmul(x, experts.layout, expert_ids, out, activations)
+    run = cpu.expert_matmul if experts.backend is Backend.CPU else reference.expert_matmul
+    run(x, experts.layout, expert_ids, out, activations)
     return out
 
 
@@ -101,7 +97,8 @@ def combine_experts(
     _check_dense("y", y)
     if weights.dtype is not torch.float32 or not weights.is_contiguous():
         raise TypeError(f"weights are {weights.dtype}, expected contiguous float32")
-    reference.combine_experts(y, weights, out)
+    run = cpu.combine_experts if _is_native(y) else reference.combine_experts
+    run(y, weights, out)
     return out
 
 
@@ -141,16 +138,13 @@ def route_tokens(
         )
     if ids.dtype is not torch.int32 or weights.dtype is not torch.float32:
         raise TypeError(f"out is {ids.dtype} and {weights.dtype}, expected int32 and float32")
-    reference.route_tokens(logits, renormalize, ids, weights)
+    run = cpu.route_tokens if _is_native(logits) else reference.route_tokens
+    run(logits, renormalize, ids, weights)
     return ids, weights
 
 
-def _codes(expert: GroupedWeight | torch.Tensor) -> torch.Tensor:
-    if not isinstance(expert, GroupedWeight):
-        return expert
-    if expert.bits not in (4, 8):
-        raise ValueError(f"an expert has {expert.bits} bits, expected 4 or 8")
-    return expert.codes
+def _is_native(x: torch.Tensor) -> bool:
+    return choose("expert_matmul", x.device).backend is Backend.CPU
 
 
 def _check(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.output_head import reference
+from qserve.kernels.output_head import cpu, reference
 from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.rows import check_rows
 
@@ -39,4 +39,6 @@ def topk_head(
     check_rows("x", x, weight.in_features)
     if not 1 <= k <= weight.out_features:
         raise ValueError(f"k is {k}, expected 1 to {weight.out_features}, the size of the head")
+    if weight.native is not None:
+        return cpu.topk_head(x, weight.native, k, activations)
     return reference.topk_head(x, weight, k, activations)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from qserve.kernels.backend import Backend, choose
 from qserve.kernels.rms_norm import check_norm
-from qserve.kernels.rms_norm_int8 import reference
+from qserve.kernels.rms_norm_int8 import cpu, reference
 
 __all__ = ["rms_norm_int8"]
 
@@ -27,5 +28,8 @@ def rms_norm_int8(
     check_norm(x, weight, residual)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(x.shape[0], device=x.device)
-    reference.rms_norm_int8(x, weight, eps, residual, weight_offset, codes, scales)
+    run = reference.rms_norm_int8
+    if choose("rms_norm_int8", x.device).backend is Backend.CPU:
+        run = cpu.rms_norm_int8
+    run(x, weight, eps, residual, weight_offset, codes, scales)
     return codes, scales

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from qserve.kernels.backend import Backend, choose
 from qserve.kernels.rows import check_rows
-from qserve.kernels.sample import reference
+from qserve.kernels.sample import cpu, reference
 from qserve.kernels.sample.batch import SamplingBatch, TokenAdjustments
 
 __all__ = ["SamplingBatch", "TokenAdjustments", "sample_tokens"]
@@ -28,4 +29,6 @@ def sample_tokens(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """
     check_rows("logits", logits, logits.shape[-1])
     batch.check(logits.shape[0], logits.device)
+    if choose("sample", logits.device).backend is Backend.CPU:
+        return cpu.sample_tokens(logits, batch)
     return reference.sample_tokens(logits, batch)

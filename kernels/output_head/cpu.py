@@ -1,0 +1,30 @@
+"""The native search for the largest logits, in the product with the head."""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.kernels.activations import Activations
+from qserve.kernels.native import extension
+from qserve.kernels.native_weight import NativeWeight
+from qserve.kernels.packed_weight import round_ahead
+
+
+def topk_head(
+    x: torch.Tensor, weight: NativeWeight, k: int, activations: Activations
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and values ``[M, k]`` of the largest outputs of each row, largest first."""
+    x, quantized = round_ahead(x, activations)
+    shape = (x.shape[0], k)
+    ids, values = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+    extension().find_largest(
+        weight.product,
+        x.data_ptr(),
+        x.stride()[0],
+        x.shape[0],
+        quantized,
+        k,
+        ids.data_ptr(),
+        values.data_ptr(),
+    )
+    return ids, values
