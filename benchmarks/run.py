@@ -30,7 +30,7 @@ def compare_arguments() -> list[str]:
 
 # In the order of what they need: ops alone, a checkpoint, an engine and its peer.
 BENCHMARKS: dict[str, Callable[[], list[str]]] = {
-    "kernel_rates": list,
+    "native_kernels": list,
     "quality": lambda: ["--keep", str(CHECKPOINTS)],
     "compare_engines": compare_arguments,
 }

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import torch
 
-from qserve.cli.cache import cache_folder
+from qserve.cli.cache import WEIGHT_CACHE_VARIABLE, cache_folder, weight_cache_folder
 from qserve.cli.console import print_table
 from qserve.cli.quantities import format_bytes
 from qserve.kernels import backend, native
@@ -92,16 +92,23 @@ def ops() -> list[Section]:
 
 
 def storage() -> Section:
-    """The cache folder, what it holds and what is free there, in bytes."""
+    """The cache folder, what it holds and what is free there, in bytes; and the packed weights
+    (`qserve cache` lists them)."""
     folder = cache_folder(os.environ)
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    weights = weight_cache_folder(os.environ, os.environ.get(WEIGHT_CACHE_VARIABLE))
     return {
         "folder": str(folder),
-        "held_bytes": held,
+        "held_bytes": _bytes_in(folder),
+        "weights_folder": str(weights) if weights else None,
+        "weights_bytes": _bytes_in(weights) if weights else 0,
         "free_bytes": shutil.disk_usage(existing).free,
         "writable": os.access(existing, os.W_OK),
     }
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def examine() -> dict[str, Any]:

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
-from qserve.cli.cache import cache_folder
+from qserve.cli.cache import WEIGHT_CACHE_VARIABLE, cache_folder, weight_cache_folder
 from qserve.cli.console import say
 
+AUTO = "auto"
 KV_DTYPES = {"auto": "float16", "fp16": "float16", "bf16": "bfloat16"}  # shorter names
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -20,13 +21,20 @@ OPTIONS = (
     click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores."),
     click.option(
         "--activations",
-        type=click.Choice(["int8", "float32"]),
-        help="Input of the quantized layers: int8 is fast, float32 exact.",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "int8", "float32", "int8-token", "float8-token"]),
+        help="Input of the quantized layers: int8 is fast, float32 exact; int8-token and "
+        "float8-token have one scale for each token. auto: what the checkpoint was made for, "
+        "else int8.",
     ),
     click.option(
         "--head-dtype",
-        type=click.Choice(["int8", "float"]),
-        help="How the output layer is kept: int8 reads half the memory.",
+        default="auto",
+        show_default=True,
+        type=click.Choice(["auto", "int8", "float"]),
+        help="How the output layer is kept: int8 reads half the memory. auto: int8 for a quantized "
+        "model.",
     ),
     click.option(
         "--kv-cache-dtype",
@@ -34,6 +42,14 @@ OPTIONS = (
         show_default=True,
         type=click.Choice(["auto", "float16", "fp16", "bfloat16", "bf16", "float32"]),
         help="How keys and values are kept.",
+    ),
+    click.option(
+        "--weight-cache",
+        metavar="DIR|off",
+        envvar=WEIGHT_CACHE_VARIABLE,
+        show_envvar=True,
+        help="Where repacked weights are kept, which the next start maps. Default: in the user's "
+        "cache folder.",
     ),
 )
 
@@ -54,9 +70,10 @@ def read_engine_options(options: dict[str, Any]) -> dict[str, Any]:
     kv_dtype = options["kv_cache_dtype"]
     return {
         "num_threads": options["threads"],
-        "activations": Activations(activations) if activations else None,
-        "head_dtype": HeadDtype(head_dtype) if head_dtype else None,
+        "activations": None if activations == AUTO else Activations(activations),
+        "head_dtype": None if head_dtype == AUTO else HeadDtype(head_dtype),
         "kv_dtype": KVDtype(KV_DTYPES.get(kv_dtype, kv_dtype)),
+        "weight_cache": weight_cache_folder(os.environ, options["weight_cache"]),
     }
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": ("qserve.cli.inspection", "Say what a checkpoint holds: layers, bits, sizes."),
     "serve": ("qserve.cli.serve", "Answer over HTTP as an OpenAI-compatible server."),
     "bench": ("qserve.cli.bench", "Measure the engine and the kernels on this machine."),
+    "cache": ("qserve.cli.cache_command", "List or clear the packed weights that are kept."),
     "doctor": ("qserve.cli.doctor", "Say what this machine can run, and why."),
     "demo": ("qserve.cli.demo", "Quantize, judge and serve a small model, end to end."),
 }

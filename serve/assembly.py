@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -85,7 +86,8 @@ def _describe(
         "kv_cache_dtype": engine_config.kv_dtype.value,
         "weights_bytes": sum(path.stat().st_size for path in set(checkpoint.tensor_files.values())),
     }
-    facts = [checkpoint.config, repr(engine_config), native.isa() if native.available() else None]
+    computed = replace(engine_config, weight_cache=None)  # where weights lie changes no result
+    facts = [checkpoint.config, repr(computed), native.isa() if native.available() else None]
     digest = hashlib.sha256(json.dumps([*facts, extras], sort_keys=True).encode()).hexdigest()
     return ModelCard(
         names=names,

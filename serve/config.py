@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from qserve.kernels.activations import Activations
 
@@ -34,9 +35,10 @@ class EngineConfig:
     kv_cache_bytes: memory for the KV cache; None takes what ``max_num_seqs`` requests of full
         length need, at most a share of the memory that is free.
     num_threads: CPU threads of the kernels; None is every core this process may use.
-    activations: input of the quantized matmuls; None is int8 for a quantized checkpoint, float32
-        for a 16-bit one.
+    activations: input of the quantized matmuls; None is what the checkpoint was made for, else int8
+        for a quantized one and float32 for a 16-bit one.
     head_dtype: None is int8 for a quantized checkpoint, float for a 16-bit one.
+    weight_cache: folder for packed weights, which the next start maps; None keeps none.
     kv_dtype: half of float32's bytes is read for every token of context and loses nothing visible.
     """
 
@@ -49,6 +51,7 @@ class EngineConfig:
     activations: Activations | None = None
     head_dtype: HeadDtype | None = None
     kv_dtype: KVDtype = KVDtype.FLOAT16
+    weight_cache: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):

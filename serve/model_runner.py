@@ -41,7 +41,9 @@ class ModelRunner:
         if config.num_threads is not None and native.available():
             native.set_num_threads(config.num_threads)
         model_config = LlamaConfig.from_json(checkpoint.config, checkpoint.architecture)
-        weights = WeightReader(checkpoint, config.activations, config.head_dtype)
+        weights = WeightReader(
+            checkpoint, config.activations, config.head_dtype, config.weight_cache
+        )
         weight_bytes = sum(file.stat().st_size for file in set(checkpoint.tensor_files.values()))
         self.plan: KVCachePlan = plan_kv_cache(model_config, config, free_memory() - weight_bytes)
         self.limits = Limits(
@@ -55,6 +57,7 @@ class ModelRunner:
             config.max_num_seqs,
             self.plan.max_model_len,
         )
+        weights.finish()
         dtype: torch.dtype = getattr(torch, config.kv_dtype.value)
         self._caches = allocate_kv_cache(model_config, self.plan, dtype)
         self._batches = BatchBuilder(self.limits, config.block_size)

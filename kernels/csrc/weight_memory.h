@@ -13,6 +13,10 @@ namespace qserve {
 // them all, and prefetching stops at the end of a page. Throws std::bad_alloc.
 std::shared_ptr<uint8_t[]> allocate_weight(size_t bytes);
 
+// A 64-bit checksum for what lies at data: any one damaged word is found, more of them with all but certainty. It is no defence
+// against somebody who forges it. As fast as memory is read, on all threads; the same whatever their number.
+uint64_t checksum(const uint8_t* data, size_t bytes);
+
 // A weight in the layout of its kernels, all of it in one run of memory: what the constructor was told and these bytes make the
 // same weight again, in another process and on any instruction set. So a layout holds no address, and nothing of a weight (bias,
 // order of inputs) lies elsewhere.

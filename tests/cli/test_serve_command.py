@@ -46,9 +46,13 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Any:
     return parse
 
 
-def test_without_options_the_defaults_are_those_of_the_configurations(parse: Any) -> None:
+def test_without_options_the_defaults_are_those_of_the_configurations(
+    parse: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("QSERVE_WEIGHT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     parsed = parse("some/model")
-    assert parsed.engine == EngineConfig()
+    assert parsed.engine == EngineConfig(weight_cache=tmp_path / "qserve" / "weights")
     assert parsed.server == dataclasses.replace(ServerConfig(), served_model_names=("some/model",))
 
 
@@ -77,12 +81,26 @@ def test_every_option_reaches_its_configuration(parse: Any, tmp_path: Path) -> N
         "m", "--max-model-len", "4k", "--max-num-seqs", "8", "--max-num-batched-tokens", "1K",
         "--block-size", "32", "--kv-cache-memory-bytes", "1G", "--threads", "2",
         "--activations", "float32", "--head-dtype", "float", "--kv-cache-dtype", "bf16",
+        "--weight-cache", str(tmp_path),
     )  # fmt: skip
     assert parsed.engine == EngineConfig(
         max_model_len=4000, max_num_seqs=8, max_num_batched_tokens=1024, block_size=32,
         kv_cache_bytes=2**30, num_threads=2, activations=Activations.FLOAT32,
-        head_dtype=HeadDtype.FLOAT, kv_dtype=KVDtype.BFLOAT16,
+        head_dtype=HeadDtype.FLOAT, kv_dtype=KVDtype.BFLOAT16, weight_cache=tmp_path,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", Activations)
+def test_every_kind_of_activations_can_be_asked_for(parse: Any, activations: Activations) -> None:
+    assert parse("m", "--activations", activations.value).engine.activations is activations
+
+
+def test_the_weight_cache_can_be_named_or_off(parse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSERVE_WEIGHT_CACHE", "elsewhere")
+    assert parse("m").engine.weight_cache == Path("elsewhere")
+    assert parse("m", "--weight-cache", "off").engine.weight_cache is None
+    monkeypatch.setenv("QSERVE_WEIGHT_CACHE", "off")
+    assert parse("m").engine.weight_cache is None
 
 
 def test_keys_come_from_the_environment_too(parse: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,7 +238,7 @@ class ServerProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "QSERVE_WEIGHT_CACHE": "off", **(environment or {})},
         )
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
