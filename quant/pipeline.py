@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,33 +19,22 @@ from qserve.quant.block_result import BlockResult
 from qserve.quant.calibration import Calibration, gather_calibration
 from qserve.quant.decoder import HEAD, Block, Decoder
 from qserve.quant.errors import CheckpointError
-from qserve.quant.formats import awq as awq_format
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.registry import OutputFormat, make_writer
 from qserve.quant.formats.shard_writer import ShardWriter
+from qserve.quant.formats.writer import LayerScheme, scheme_of
 from qserve.quant.grid import LevelSet
+from qserve.quant.model_files import copy_files, write_config
 from qserve.quant.options import Method, QuantizeOptions
 from qserve.quant.plan import Plan, make_plan
 from qserve.quant.progress import Phase, Progress, ProgressCallback
 from qserve.quant.report import CalibrationReport, QuantizationReport, SizeReport
 from qserve.quant.storage import as_stored, to_storage
 
-COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""Files that stay as they are. chat_template may be a folder."""
-
 COMPUTED = ".rotary_emb.inv_freq"
 """Tensors that old checkpoints hold although they follow from the configuration."""
+
+PROGRAM = f"qserve:{version('qserve-llm')}"
 
 PACKAGES = ("qserve-llm", "torch", "transformers", "tokenizers")
 
@@ -76,8 +64,8 @@ def quantize(
     calibration = run.prepare()
     run.quantize_blocks(progress)
     run.write_rest()
-    _write_config(source, plan, out)
-    _copy_files(source.folder, out)
+    write_config(out, source.config, run.config_block())
+    copy_files(source.folder, out)
     report = run.report(calibration, time.perf_counter() - started)
     report.write(out)
     return report
@@ -98,6 +86,8 @@ class _Run:
         self._written: set[str] = set()
         self._bfloat16: list[str] = []
         self._packed_bits = 0
+        self._schemes: dict[str, LayerScheme] = {}
+        self._format = make_writer(OutputFormat.AWQ, PROGRAM)
         self._length = 1
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
             block, plan, LevelSet(options.bits)
@@ -133,7 +123,7 @@ class _Run:
             full_name = block.full_name(name)
             assert isinstance(weight, GroupedWeight)  # AWQ's levels are integers
             try:
-                packed = awq_format.pack(weight)
+                packed = self._format.encode(weight)
             except ValueError as error:
                 raise CheckpointError(
                     f"{full_name}: {error}; its weights are too large, fetch the checkpoint again"
@@ -141,6 +131,7 @@ class _Run:
             for key, tensor in packed.items():
                 self._writer.add(f"{full_name}.{key}", tensor)
             self._packed_bits += 8 * sum(tensor.nbytes for tensor in packed.values())
+            self._schemes[full_name] = scheme_of(weight)
             self._written.add(f"{full_name}.weight")
         for name, parameter in block.layer.named_parameters():
             if block.full_name(name) not in self._written:
@@ -160,6 +151,12 @@ class _Run:
             if name not in self._written and not is_tied_head and not name.endswith(COMPUTED):
                 self._write_float(name, self._source.tensor(name))
         self._writer.finish()
+
+    def config_block(self) -> dict[str, Any]:
+        """The ``quantization_config`` of what was written."""
+        return self._format.config_block(
+            self._schemes, [layer.name for layer in self._plan.skipped]
+        )
 
     def report(self, calibration: Calibration | None, seconds: float) -> QuantizationReport:
         """Everything that happened."""
@@ -201,24 +198,3 @@ class _Run:
             num_windows_asked=self._options.num_samples,
             seq_len=self._options.seq_len,
         )
-
-
-def _write_config(source: Checkpoint, plan: Plan, out: Path) -> None:
-    """The source's ``config.json``, with the quantization and the 16-bit type stated."""
-    ignored = [layer.name for layer in plan.skipped]
-    config = {
-        **source.config,
-        "quantization_config": awq_format.config_block(plan.group_size, ignored),
-    }
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older and the newer spelling
-    config[key] = "float16"
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (out / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _copy_files(folder: Path, out: Path) -> None:
-    for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
-        if path.is_dir():
-            shutil.copytree(path, out / path.name)
-        else:
-            shutil.copyfile(path, out / path.name)

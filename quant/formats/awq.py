@@ -26,15 +26,22 @@ from qserve.quant.formats import awq_gemv
 from qserve.quant.formats.layer_format import (
     FLOATS,
     PackedLayer,
+    QuantizedWeight,
     StoredTensor,
     check_scales,
-    is_usable,
     load,
     read_bits,
     read_group_size,
     refuse_shapes,
     require,
     text_of,
+)
+from qserve.quant.formats.writer import (
+    Coding,
+    LayerScheme,
+    half_scales,
+    integer_weight,
+    scheme_of,
 )
 
 BITS = 4
@@ -122,6 +129,44 @@ class AwqFormat:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class AwqWriter:
+    """Writes the gemm layout."""
+
+    side_file: None = None
+
+    def refusal(self, scheme: LayerScheme) -> str | None:
+        """See ``Writer``."""
+        if scheme.coding is not Coding.INTEGER or scheme.bits != BITS:
+            return f"AWQ gemm holds 4-bit codes, got {scheme}"
+        if scheme.activation_order or scheme.outer_scales:
+            return "AWQ gemm holds neither activation order nor outer scales"
+        if scheme.out_features % OUT_FEATURES_MULTIPLE:
+            return (
+                f"AWQ gemm needs a multiple of {OUT_FEATURES_MULTIPLE} outputs, "
+                f"got {scheme.out_features}"
+            )
+        return None
+
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """See ``Writer``: ``qweight``, ``qzeros`` and ``scales``."""
+        weight = integer_weight(weight, self.refusal(scheme_of(weight)))
+        return {
+            "qweight": pack_awq(weight.codes.T.contiguous()),
+            "qzeros": pack_awq(weight.zero_points.T.contiguous()),
+            "scales": half_scales(weight, "AWQ"),
+        }
+
+    def config_block(
+        self, layers: Mapping[str, LayerScheme], ignored: Sequence[str]
+    ) -> dict[str, Any]:
+        """See ``Writer``."""
+        sizes = {scheme.group_size for scheme in layers.values()}
+        if len(sizes) != 1:
+            raise ValueError(f"AWQ states one group size for all layers, got {sorted(sizes)}")
+        return config_block(sizes.pop(), ignored)
+
+
 def config_block(group_size: int, ignored: Sequence[str]) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``, with AutoAWQ's keys.
 
@@ -135,32 +180,4 @@ def config_block(group_size: int, ignored: Sequence[str]) -> dict[str, Any]:
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": list(ignored) or None,
-    }
-
-
-def pack(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """``qweight``, ``qzeros`` and ``scales`` of one linear layer.
-
-    Raises ``ValueError`` unless the weight has 4 bits, N % 32 == 0, codes and zero points within
-    4 bits, and scales that are finite and not zero in float16.
-    """
-    if weight.bits != BITS:
-        raise ValueError(f"AWQ gemm holds 4-bit codes, got {weight.bits} bits")
-    if weight.out_features % OUT_FEATURES_MULTIPLE:
-        raise ValueError(
-            f"AWQ gemm needs a multiple of {OUT_FEATURES_MULTIPLE} outputs, "
-            f"got {weight.out_features}"
-        )
-    if weight.input_order is not None or weight.channel_scales is not None:
-        raise ValueError("AWQ gemm holds neither activation order nor outer scales")
-    scales = weight.scales.T.contiguous().to(torch.float16)
-    if not is_usable(scales):
-        raise ValueError(
-            "a scale is zero, infinite or NaN in float16, which is what AWQ stores: expected "
-            "magnitudes of 6e-8 to 65504"
-        )
-    return {
-        "qweight": pack_awq(weight.codes.T.contiguous()),
-        "qzeros": pack_awq(weight.zero_points.T.contiguous()),
-        "scales": scales,
     }

@@ -29,6 +29,7 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.formats.layer_format import (
     PackedLayer,
+    QuantizedWeight,
     StoredTensor,
     check_scales,
     is_usable,
@@ -36,6 +37,7 @@ from qserve.quant.formats.layer_format import (
     require,
 )
 from qserve.quant.formats.nested_scales import NestedScales, NestedWeight
+from qserve.quant.formats.writer import Coding, LayerScheme, integer_weight, scheme_of
 
 BITS_4, BITS_8 = 4, 8
 MAX_INT8 = 127
@@ -125,18 +127,64 @@ class BitsAndBytesFormat:
         )
 
 
-def pack_codebook(weight: CodebookWeight, dtype: str = "float16") -> dict[str, torch.Tensor]:
-    """The tensors of a 4-bit layer; double quantization for a ``NestedWeight``.
+@dataclass(frozen=True, slots=True)
+class BitsAndBytesWriter:
+    """Writes nf4, fp4 and LLM.int8. dtype: that bitsandbytes dequantizes to."""
 
-    dtype: that bitsandbytes dequantizes to. Raises ``ValueError`` for a codebook that is neither
-    nf4 nor fp4, and for scales that are not finite.
-    """
-    kinds = [kind for kind, values in CODEBOOKS.items() if torch.equal(values, weight.codebook)]
+    dtype: str = "float16"
+    side_file: None = None
+
+    def refusal(self, scheme: LayerScheme) -> str | None:
+        """See ``Writer``."""
+        if scheme.coding is Coding.CODEBOOK:
+            return None
+        if scheme.coding is not Coding.INTEGER or scheme.bits != BITS_8 or not scheme.is_per_row:
+            return f"bitsandbytes holds nf4, fp4 and 8 bits with one scale a row, got {scheme}"
+        if not scheme.symmetric or scheme.activation_order or scheme.outer_scales:
+            return "LLM.int8 holds symmetric codes, neither activation order nor outer scales"
+        return None
+
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """See ``Writer``; a ``NestedWeight`` is double quantized."""
+        refusal = self.refusal(scheme_of(weight))
+        if isinstance(weight, CodebookWeight):
+            return _encode_codebook(weight, self.dtype)
+        return _encode_int8(integer_weight(weight, refusal))
+
+    def config_block(
+        self, layers: Mapping[str, LayerScheme], ignored: Sequence[str]
+    ) -> dict[str, Any]:
+        """See ``Writer``, with transformers' keys. It names nf4; the tensors say which it is."""
+        codings = {scheme.coding for scheme in layers.values()}
+        if len(codings) != 1:
+            raise ValueError("bitsandbytes loads 4 bits or 8 bits, not both in one checkpoint")
+        is_int8 = codings == {Coding.INTEGER}
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": not is_int8,
+            "load_in_8bit": is_int8,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": any(scheme.nested for scheme in layers.values()),
+            "bnb_4bit_compute_dtype": self.dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_threshold": 6.0,
+            "llm_int8_skip_modules": list(ignored) or None,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+        }
+
+
+def _encode_codebook(weight: CodebookWeight, dtype: str) -> dict[str, torch.Tensor]:
+    kinds = [kind for kind, table in CODEBOOKS.items() if _same_values(table, weight.codebook)]
     if not kinds:
         raise ValueError("bitsandbytes holds the codebooks nf4 and fp4, and this is another")
     if not bool(torch.isfinite(weight.block_scales).all()):
         raise ValueError("a scale is infinite or NaN")
+    table = CODEBOOKS[kinds[0]]
     codes = weight.codes.flatten()
+    if not torch.equal(table, weight.codebook):
+        places = (weight.codebook[:, None] == table).int().argmax(1).to(torch.uint8)
+        codes = places[codes.long()]
     codes = torch.nn.functional.pad(codes, (0, len(codes) % 2))
     state: dict[str, Any] = {
         "quant_type": kinds[0],
@@ -147,7 +195,7 @@ def pack_codebook(weight: CodebookWeight, dtype: str = "float16") -> dict[str, t
     tensors = {
         "weight": (codes[::2] << 4 | codes[1::2])[:, None],
         "weight.absmax": weight.block_scales,
-        "weight.quant_map": weight.codebook.clone(),
+        "weight.quant_map": table.clone(),
     }
     if isinstance(weight, NestedWeight):
         nested = weight.nested
@@ -164,44 +212,21 @@ def pack_codebook(weight: CodebookWeight, dtype: str = "float16") -> dict[str, t
     return tensors
 
 
-def pack_int8(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """The tensors of an LLM.int8 layer.
+def _same_values(table: torch.Tensor, codebook: torch.Tensor) -> bool:
+    """Whether a codebook has the values of a table, in any order."""
+    return torch.equal(table.sort().values, codebook.sort().values)
 
-    Raises ``ValueError`` unless the weight has symmetric 8-bit codes with one positive scale a row.
-    """
+
+def _encode_int8(weight: GroupedWeight) -> dict[str, torch.Tensor]:
     codes = weight.codes.to(torch.int16) - 128
-    if weight.bits != BITS_8 or weight.group_size != weight.in_features:
-        raise ValueError("LLM.int8 holds 8 bits with one scale a row")
-    if weight.input_order is not None or weight.channel_scales is not None:
-        raise ValueError("LLM.int8 holds neither activation order nor outer scales")
-    if not weight.is_symmetric or int(codes.min()) < -MAX_INT8:
-        raise ValueError(f"LLM.int8 holds symmetric codes of -{MAX_INT8} to {MAX_INT8}")
+    if int(codes.min()) < -MAX_INT8:
+        raise ValueError(f"LLM.int8 holds codes of -{MAX_INT8} to {MAX_INT8}")
     if not is_usable(weight.scales) or bool((weight.scales < 0).any()):
         raise ValueError("LLM.int8 holds positive finite scales")
     return {
         "weight": codes.to(torch.int8),
         "SCB": weight.scales.float().flatten() * MAX_INT8,
         "weight_format": torch.zeros((), dtype=torch.uint8),
-    }
-
-
-def config_block(
-    kind: str, ignored: Sequence[str], *, nested: bool = False, dtype: str = "float16"
-) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``. kind: ``nf4``, ``fp4`` or ``int8``."""
-    is_int8 = kind == "int8"
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": not is_int8,
-        "load_in_8bit": is_int8,
-        "bnb_4bit_quant_type": "nf4" if is_int8 else kind,
-        "bnb_4bit_use_double_quant": nested,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_threshold": 6.0,
-        "llm_int8_skip_modules": list(ignored) or None,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
     }
 
 

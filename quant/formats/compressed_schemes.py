@@ -7,7 +7,7 @@ start, or the class, of which ``Linear`` is the one that packs. A name counts be
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from qserve.kernels.activations import Activations
 from qserve.quant.errors import UnsupportedModelError
 from qserve.quant.formats.layer_format import read_bits, read_group_size, text_of
+from qserve.quant.formats.writer import Coding, LayerScheme, stated_group_sizes
 
 LINEAR = "Linear"
 PATTERN = "re:"
@@ -56,6 +57,14 @@ class Scheme:
 
 
 @dataclass(frozen=True, slots=True)
+class KvCacheScheme:
+    """Key-value scales in a checkpoint. per_head: one for each head, not for a whole layer."""
+
+    kind: Kind = Kind.FLOAT
+    per_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class SchemeTable:
     """The schemes of a checkpoint by their targets, and what is left in 16 bits."""
 
@@ -86,6 +95,8 @@ def read_schemes(block: Mapping[str, Any]) -> SchemeTable:
     if isinstance(sparsity, dict) and text_of(sparsity, "format") not in (None, "dense"):
         raise _unread(f"sparse weights ({sparsity['format']})")
     groups = block.get("config_groups")
+    if groups == {} and block.get("kv_cache_scheme"):
+        return SchemeTable((), ())
     if not isinstance(groups, dict) or not groups:
         raise UnsupportedModelError("compressed-tensors without config_groups: nothing says how")
     targets: list[tuple[str, Scheme]] = []
@@ -100,6 +111,88 @@ def read_schemes(block: Mapping[str, Any]) -> SchemeTable:
             targets += [(str(target), scheme) for target in group["targets"]]
     ignored = block.get("ignore") or []
     return SchemeTable(tuple(targets), tuple(map(str, ignored)))
+
+
+def write_schemes(
+    layers: Mapping[str, LayerScheme],
+    ignored: Sequence[str],
+    activations: Activations | None,
+    kv_cache: KvCacheScheme | None,
+) -> dict[str, Any]:
+    """The ``quantization_config`` for layers by their full names, with the owner's keys."""
+    sizes = stated_group_sizes(layers)
+    groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for name, scheme in layers.items():
+        args = _weight_args(scheme, sizes[name])
+        groups.setdefault(str(args), (args, []))[1].append(name)
+    config_groups = {
+        f"group_{number}": {
+            "targets": [LINEAR] if len(groups) == 1 else names,
+            "format": _packing(args, activations),
+            "weights": args,
+            "input_activations": None if activations is None else _activation_args(activations),
+            "output_activations": None,
+        }
+        for number, (args, names) in enumerate(groups.values())
+    }
+    packings = {group["format"] for group in config_groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": packings.pop() if len(packings) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None if kv_cache is None else _kv_args(kv_cache),
+        "ignore": list(ignored),
+        "config_groups": config_groups,
+    }
+
+
+def _weight_args(scheme: LayerScheme, group_size: int) -> dict[str, Any]:
+    """Only keys that all versions take, and no null: readers refuse others."""
+    kind = Kind.FLOAT if scheme.coding is Coding.FLOAT8 else Kind.INT
+    args: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": kind.value,
+        "symmetric": scheme.symmetric,
+        "dynamic": False,
+    }
+    if scheme.block_rows == scheme.out_features and scheme.group_size == scheme.in_features:
+        return args | {"strategy": Strategy.TENSOR.value}
+    if scheme.block_rows > 1:
+        shape = [scheme.block_rows, scheme.group_size]
+        return args | {"strategy": Strategy.BLOCK.value, "block_structure": shape}
+    if group_size == -1:
+        return args | {"strategy": Strategy.CHANNEL.value}
+    return args | {"strategy": Strategy.GROUP.value, "group_size": group_size}
+
+
+def _packing(args: Mapping[str, Any], activations: Activations | None) -> str:
+    """As the owner chooses it for the weights and activations of a group."""
+    if args["type"] == Kind.FLOAT.value:
+        return "naive-quantized" if activations is None else "float-quantized"
+    return "pack-quantized" if activations is None else "int-quantized"
+
+
+def _activation_args(activations: Activations) -> dict[str, Any]:
+    """8 bits with one scale a token, found while it runs."""
+    kind = Kind.FLOAT if activations is Activations.FLOAT8_TOKEN else Kind.INT
+    return {
+        "num_bits": 8,
+        "type": kind.value,
+        "symmetric": True,
+        "strategy": "token",
+        "dynamic": True,
+    }
+
+
+def _kv_args(kv_cache: KvCacheScheme) -> dict[str, Any]:
+    return {
+        "num_bits": 8,
+        "type": kv_cache.kind.value,
+        "symmetric": True,
+        "strategy": "attn_head" if kv_cache.per_head else Strategy.TENSOR.value,
+        "dynamic": False,
+    }
 
 
 def _read_scheme(weights: Any, inputs: Any) -> Scheme:

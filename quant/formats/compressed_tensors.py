@@ -17,7 +17,8 @@ codes run on into the next word. Both are read, told apart by the number of word
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,12 @@ from qserve.quant.formats.channel_order import order_by_group
 from qserve.quant.formats.code_width import WIDTHS, widen
 from qserve.quant.formats.compressed_schemes import (
     Kind,
+    KvCacheScheme,
     Scheme,
     SchemeTable,
     Strategy,
     read_schemes,
+    write_schemes,
 )
 from qserve.quant.formats.layer_format import (
     FLOATS,
@@ -49,8 +52,7 @@ from qserve.quant.formats.layer_format import (
     refuse_shapes,
     require,
 )
-
-PACKED_BITS = (2, 3, 4, 8)
+from qserve.quant.formats.writer import Coding, LayerScheme, integer_weight, scheme_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +134,56 @@ class CompressedFormat:
         return scheme
 
 
-def pack_integers(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """The tensors of a pack-quantized layer.
+@dataclass(frozen=True, slots=True)
+class CompressedWriter:
+    """Writes compressed-tensors, every layer in the packing that its owner would choose for it.
 
-    Raises ``ValueError`` for a weight that the format cannot hold: activation order, outer scales,
-    scales that are zero or not finite, rows or zero points that do not fill whole words.
+    activations: what the layers are multiplied with; None packs integers into words. kv_cache: the
+    scheme of the key-value scales that are stored beside, None when there are none.
     """
-    _check_grouped(weight)
-    if weight.bits not in PACKED_BITS:
-        raise ValueError(f"pack-quantized holds 2, 3, 4 or 8 bits here, got {weight.bits}")
+
+    activations: Activations | None = None
+    kv_cache: KvCacheScheme | None = None
+    side_file: None = None
+
+    def refusal(self, scheme: LayerScheme) -> str | None:
+        """See ``Writer``."""
+        if scheme.coding is Coding.CODEBOOK:
+            return f"compressed-tensors holds integers and 8-bit floats, got {scheme}"
+        if scheme.activation_order or scheme.outer_scales:
+            return "compressed-tensors holds neither activation order nor outer scales"
+        expected = {
+            Coding.INTEGER: (None, Activations.INT8_TOKEN),
+            Coding.FLOAT8: (None, Activations.FLOAT8_TOKEN),
+        }
+        if self.activations not in expected[scheme.coding]:
+            return f"compressed-tensors: {scheme} do not go with {self.activations}"
+        if scheme.coding is Coding.INTEGER and self.activations is None:
+            step = WORD_BITS // math.gcd(scheme.bits, WORD_BITS)
+            if scheme.in_features % step or (scheme.out_features % step and not scheme.symmetric):
+                return f"compressed-tensors needs multiples of {step} inputs and outputs"
+        return None
+
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """See ``Writer``."""
+        refusal = self.refusal(scheme_of(weight))
+        if isinstance(weight, Float8Weight) and refusal is None:
+            return _encode_floats(weight)
+        weight = integer_weight(weight, refusal)
+        if not is_usable(weight.scales):
+            raise ValueError("a scale is zero, infinite or NaN")
+        if self.activations is None:
+            return _encode_words(weight)
+        return _encode_int8(weight)
+
+    def config_block(
+        self, layers: Mapping[str, LayerScheme], ignored: Sequence[str]
+    ) -> dict[str, Any]:
+        """See ``Writer``. Layers that differ are listed by name in the group of their scheme."""
+        return write_schemes(layers, ignored, self.activations, self.kv_cache)
+
+
+def _encode_words(weight: GroupedWeight) -> dict[str, torch.Tensor]:
     tensors = {
         "weight_packed": pack_words(weight.codes, weight.bits),
         "weight_scale": weight.scales.contiguous(),
@@ -152,9 +195,7 @@ def pack_integers(weight: GroupedWeight) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def store_integers(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """The tensors of an int-quantized layer. Raises ``ValueError`` like ``pack_integers``."""
-    _check_grouped(weight)
+def _encode_int8(weight: GroupedWeight) -> dict[str, torch.Tensor]:
     middle = 1 << (weight.bits - 1)
     tensors = {
         "weight": (weight.codes.to(torch.int16) - middle).to(torch.int8),
@@ -165,23 +206,12 @@ def store_integers(weight: GroupedWeight) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def store_floats(weight: Float8Weight) -> dict[str, torch.Tensor]:
-    """The tensors of a float-quantized layer; one scale a tensor is ``[1]``.
-
-    Raises ``ValueError`` for scales that are zero or not finite.
-    """
+def _encode_floats(weight: Float8Weight) -> dict[str, torch.Tensor]:
     if not is_usable(weight.scales):
         raise ValueError("a scale is zero, infinite or NaN")
-    whole = weight.scales.numel() == 1 and weight.block != (1, weight.in_features)
+    whole = weight.block == (weight.out_features, weight.in_features)
     scales = weight.scales.flatten() if whole else weight.scales
     return {"weight": weight.values.contiguous(), "weight_scale": scales.contiguous()}
-
-
-def _check_grouped(weight: GroupedWeight) -> None:
-    if weight.input_order is not None or weight.channel_scales is not None:
-        raise ValueError("compressed-tensors holds neither activation order nor outer scales")
-    if not is_usable(weight.scales):
-        raise ValueError("a scale is zero, infinite or NaN")
 
 
 def _block_of(scheme: Scheme) -> tuple[int, int] | None:

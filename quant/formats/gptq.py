@@ -15,6 +15,7 @@ weights alone, and read by who wrote it.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -30,9 +31,9 @@ from qserve.quant.formats.code_width import WIDTHS, widen
 from qserve.quant.formats.layer_format import (
     FLOATS,
     PackedLayer,
+    QuantizedWeight,
     StoredTensor,
     check_scales,
-    is_usable,
     load,
     read_bits,
     read_group_size,
@@ -40,9 +41,18 @@ from qserve.quant.formats.layer_format import (
     require,
     text_of,
 )
+from qserve.quant.formats.writer import (
+    Coding,
+    LayerScheme,
+    half_scales,
+    integer_weight,
+    scheme_of,
+    stated_group_sizes,
+)
 
 READ_BITS = (2, 3, 4, 5, 6, 7, 8)
 WRITTEN_BITS = (2, 3, 4, 8)
+HEAD = "lm_head"
 MULTIPLE = 32  # AutoGPTQ and GPTQModel round inputs and outputs down to it
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 """Widths of the planes of GPTQModel's planar codes, low bits first."""
@@ -196,82 +206,70 @@ def unpack_planes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return codes.flatten(-2)[..., :count]
 
 
-def config_block(
-    scheme: Scheme, *, activation_order: bool = False, version_2: bool = False, writer: str
-) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``, and of ``quantize_config.json``.
+@dataclass(frozen=True, slots=True)
+class GptqWriter:
+    """Writes v1, or v2 for zero points other than the middle. program: name and version."""
 
-    writer: name and version of the program. What differs from ``scheme`` goes into ``dynamic``:
-    see ``dynamic_rules``.
-    """
-    version = "gptq_v2" if version_2 else "gptq"
-    return {
-        "quant_method": "gptq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "sym": bool(scheme.symmetric),
-        "desc_act": activation_order,
-        "checkpoint_format": version,
-        "format": version,
-        "lm_head": False,
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [writer]},
-    }
+    program: str
+    version_2: bool = False
+    side_file: str = "quantize_config.json"
 
+    def refusal(self, scheme: LayerScheme) -> str | None:
+        """See ``Writer``."""
+        if scheme.coding is not Coding.INTEGER or scheme.bits not in WRITTEN_BITS:
+            return f"GPTQ holds integer codes of 2, 3, 4 or 8 bits, got {scheme}"
+        if scheme.outer_scales:
+            return "GPTQ holds no outer scales"
+        if scheme.in_features % MULTIPLE or scheme.out_features % MULTIPLE:
+            return (
+                f"GPTQ needs multiples of {MULTIPLE} inputs and outputs, got {scheme.in_features} "
+                f"and {scheme.out_features}"
+            )
+        if not self.version_2 and not scheme.symmetric:
+            return "GPTQ v1 holds symmetric codes alone safely: take gptq-v2"
+        return None
 
-def dynamic_rules(
-    scheme: Scheme, layers: Mapping[str, Scheme], ignored: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """GPTQModel's ``dynamic``: the layers that are not quantized, or not with ``scheme``."""
-    rules: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in ignored}
-    for name, own in layers.items():
-        if own != scheme:
-            rules[f"+:^{re.escape(name)}$"] = {
-                "bits": own.bits,
-                "group_size": own.group_size,
-                "sym": bool(own.symmetric),
-            }
-    return rules
+    def encode(self, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        """See ``Writer``: ``qweight``, ``qzeros``, ``scales`` and ``g_idx``."""
+        weight = integer_weight(weight, self.refusal(scheme_of(weight)))
+        order = weight.input_order
+        codes = weight.codes
+        if order is not None:
+            codes = torch.empty_like(codes)
+            codes[:, order] = weight.codes
+        zero_points = weight.zero_points.T.contiguous()
+        return {
+            "qweight": pack_words(codes, weight.bits).T.contiguous(),
+            "qzeros": pack_words(zero_points - (0 if self.version_2 else 1), weight.bits),
+            "scales": half_scales(weight, "GPTQ"),
+            "g_idx": group_index(weight.in_features, weight.group_size, order),
+        }
 
-
-def pack(weight: GroupedWeight, *, version_2: bool = False) -> dict[str, torch.Tensor]:
-    """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` of one linear layer.
-
-    Raises ``ValueError`` for a weight that the format cannot hold: another width, inputs or outputs
-    that are no multiple of 32, outer scales, zero points other than the middle in v1, scales that
-    are zero or not finite in float16.
-    """
-    if weight.channel_scales is not None:
-        raise ValueError("GPTQ holds no outer scales")
-    if weight.bits not in WRITTEN_BITS:
-        raise ValueError(f"GPTQ holds 2, 3, 4 or 8 bits, got {weight.bits}")
-    if weight.in_features % MULTIPLE or weight.out_features % MULTIPLE:
-        raise ValueError(
-            f"GPTQ needs multiples of {MULTIPLE} inputs and outputs, got {weight.in_features} and "
-            f"{weight.out_features}"
-        )
-    if not version_2 and not weight.is_symmetric:
-        raise ValueError("GPTQ v1 holds symmetric codes alone safely: take gptq-v2")
-    scales = weight.scales.T.contiguous().to(torch.float16)
-    if not is_usable(scales):
-        raise ValueError(
-            "a scale is zero, infinite or NaN in float16, which is what GPTQ stores: expected "
-            "magnitudes of 6e-8 to 65504"
-        )
-    order = weight.input_order
-    codes = weight.codes
-    if order is not None:
-        codes = torch.empty_like(codes)
-        codes[:, order] = weight.codes
-    stored = weight.zero_points.T.contiguous()
-    if not version_2:
-        stored = stored - 1
-    return {
-        "qweight": pack_words(codes, weight.bits).T.contiguous(),
-        "qzeros": pack_words(stored, weight.bits),
-        "scales": scales,
-        "g_idx": group_index(weight.in_features, weight.group_size, order),
-    }
+    def config_block(
+        self, layers: Mapping[str, LayerScheme], ignored: Sequence[str]
+    ) -> dict[str, Any]:
+        """See ``Writer``, with GPTQModel's keys: what most layers have, others in ``dynamic``."""
+        sizes = stated_group_sizes(layers)
+        schemes = {name: (one.bits, sizes[name]) for name, one in layers.items()}
+        bits, group_size = Counter(schemes.values()).most_common(1)[0][0]
+        rules: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in ignored}
+        for name, own in schemes.items():
+            if own != (bits, group_size):
+                rules[f"+:^{re.escape(name)}$"] = {"bits": own[0], "group_size": own[1]}
+        version = "gptq_v2" if self.version_2 else "gptq"
+        return {
+            "quant_method": "gptq",
+            "bits": bits,
+            "group_size": group_size,
+            "sym": all(one.symmetric for one in layers.values()),
+            "desc_act": any(one.activation_order for one in layers.values()),
+            "checkpoint_format": version,
+            "format": version,
+            "lm_head": HEAD in layers,
+            "pack_dtype": "int32",
+            **({"dynamic": rules} if rules else {}),
+            "meta": {"quantizer": [self.program]},
+        }
 
 
 def _borrows(block: Mapping[str, Any], zero_points: ZeroPoints) -> bool:

@@ -1,18 +1,23 @@
-"""All checkpoint formats: which reader a configuration asks for."""
+"""All checkpoint formats: which reader a configuration asks for, and what writes which."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
-from qserve.quant.errors import UnsupportedModelError
+from qserve.kernels.activations import Activations
+from qserve.quant.errors import OptionError, UnsupportedModelError
 from qserve.quant.formats import auto_round
-from qserve.quant.formats.awq import AwqFormat
-from qserve.quant.formats.bitsandbytes import BitsAndBytesFormat
-from qserve.quant.formats.compressed_tensors import CompressedFormat
+from qserve.quant.formats.awq import AwqFormat, AwqWriter
+from qserve.quant.formats.bitsandbytes import BitsAndBytesFormat, BitsAndBytesWriter
+from qserve.quant.formats.compressed_schemes import KvCacheScheme
+from qserve.quant.formats.compressed_tensors import CompressedFormat, CompressedWriter
 from qserve.quant.formats.fp8 import Float8Format
-from qserve.quant.formats.gptq import GptqFormat
+from qserve.quant.formats.gptq import GptqFormat, GptqWriter
 from qserve.quant.formats.layer_format import Format, text_of
+from qserve.quant.formats.qoq import QoqFormat, QoqWriter
+from qserve.quant.formats.writer import Writer
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     "awq": AwqFormat.from_config,
@@ -22,6 +27,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     "fp8": Float8Format.from_config,
     "fbgemm_fp8": Float8Format.from_config,
     "auto-round": auto_round.from_config,
+    "qoq": QoqFormat.from_config,
 }
 """``quant_method`` -> what reads the rest of the block."""
 
@@ -44,3 +50,47 @@ def read_format(block: Mapping[str, Any], where: str) -> Format:
             "be read; quantize the float checkpoint instead"
         )
     return READERS[method](block)
+
+
+class OutputFormat(Enum):
+    """The formats that are written."""
+
+    AWQ = "awq"
+    GPTQ = "gptq"
+    GPTQ_V2 = "gptq-v2"
+    COMPRESSED_TENSORS = "compressed-tensors"
+    BITSANDBYTES = "bitsandbytes"
+    QOQ = "qoq"
+
+
+def make_writer(
+    output: OutputFormat,
+    program: str,
+    *,
+    activations: Activations | None = None,
+    kv_cache: KvCacheScheme | None = None,
+    dtype: str = "float16",
+) -> Writer:
+    """The writer of a format.
+
+    program: name and version, for the formats that record it. activations: what the layers are
+    made for. kv_cache: the scheme of stored key-value scales. dtype: of the tensors left in 16
+    bits. Raises ``OptionError`` for activations or key-value scales that the format cannot state.
+    """
+    if output is OutputFormat.COMPRESSED_TENSORS:
+        return CompressedWriter(activations, kv_cache)
+    if output is OutputFormat.QOQ:
+        activations = None  # it is made for int8 activations and states no others
+    if activations is not None or kv_cache is not None:
+        what = "quantized activations" if activations is not None else "key-value scales"
+        raise OptionError(
+            f"{output.value} cannot state {what}: choose {OutputFormat.COMPRESSED_TENSORS.value}"
+        )
+    writers: dict[OutputFormat, Writer] = {
+        OutputFormat.AWQ: AwqWriter(),
+        OutputFormat.GPTQ: GptqWriter(program),
+        OutputFormat.GPTQ_V2: GptqWriter(program, version_2=True),
+        OutputFormat.BITSANDBYTES: BitsAndBytesWriter(dtype),
+        OutputFormat.QOQ: QoqWriter(),
+    }
+    return writers[output]

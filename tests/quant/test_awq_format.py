@@ -14,7 +14,7 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.packing import pack_words
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.formats import awq
-from qserve.quant.formats.awq import AwqFormat, Layout
+from qserve.quant.formats.awq import AwqFormat, AwqWriter, Layout
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.layer_format import in_memory
 
@@ -36,7 +36,7 @@ def random_weight(out_features: int = 64, in_features: int = 96) -> GroupedWeigh
 
 def test_unpacking_gives_back_what_was_packed() -> None:
     weight = random_weight()
-    read = AwqFormat(32).read("layer", in_memory(awq.pack(weight)))
+    read = AwqFormat(32).read("layer", in_memory(AwqWriter().encode(weight)))
     assert torch.equal(read.codes, weight.codes)
     assert torch.equal(read.zero_points, weight.zero_points)
     assert torch.equal(read.scales, weight.scales)
@@ -51,7 +51,7 @@ def test_words_are_those_of_autoawq() -> None:
         bits=4,
         group_size=32,
     )
-    tensors = awq.pack(weight)
+    tensors = AwqWriter().encode(weight)
     # Both words were computed with AutoAWQ 0.2.9: 0x938FC071 and 0x75316420.
     assert tensors["qweight"].unique().tolist() == [-1819295631]
     assert tensors["qzeros"].tolist() == [[0x75316420] * 4]
@@ -102,7 +102,7 @@ def test_gemv_fast_words_are_those_of_autoawq(zeros_name: str) -> None:
 @pytest.mark.parametrize("layout", [Layout.GEMV, Layout.GEMV_FAST])
 def test_gemm_tensors_under_another_name_are_refused(layout: Layout) -> None:
     with pytest.raises(CheckpointError, match="layer: .*(do not fit|expected qweight I16)"):
-        AwqFormat(32, layout).read("layer", in_memory(awq.pack(random_weight())))
+        AwqFormat(32, layout).read("layer", in_memory(AwqWriter().encode(random_weight())))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_weights_that_the_format_cannot_hold_are_refused(
     weight: Callable[[], GroupedWeight], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        awq.pack(weight())
+        AwqWriter().encode(weight())
 
 
 def changed(
@@ -153,7 +153,7 @@ def changed(
 def test_tensors_that_contradict_each_other_are_refused(
     damage: Callable[[Tensors], object], message: str
 ) -> None:
-    tensors = awq.pack(random_weight())
+    tensors = AwqWriter().encode(random_weight())
     damage(tensors)
     with pytest.raises(CheckpointError, match=message):
         AwqFormat(32).read("layer", in_memory(tensors))
@@ -190,7 +190,7 @@ def test_other_kinds_of_awq_are_refused(block: dict[str, object], message: str) 
 
 def test_checkpoint_gives_packed_and_float_layers(tmp_path: Path) -> None:
     weight = random_weight()
-    tensors = {f"a.{key}": value for key, value in awq.pack(weight).items()}
+    tensors = {f"a.{key}": value for key, value in AwqWriter().encode(weight).items()}
     save_file(tensors | {"b.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     config = {"quantization_config": awq.config_block(32, ["b"])}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -12,8 +12,14 @@ import torch
 from qserve.kernels.codebook_weight import CodebookWeight
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError
-from qserve.quant.formats import bitsandbytes
-from qserve.quant.formats.bitsandbytes import CODEBOOKS, FP4, NF4, STATE, BitsAndBytesFormat
+from qserve.quant.formats.bitsandbytes import (
+    CODEBOOKS,
+    FP4,
+    NF4,
+    STATE,
+    BitsAndBytesFormat,
+    BitsAndBytesWriter,
+)
 from qserve.quant.formats.layer_format import in_memory
 from qserve.quant.formats.nested_scales import NestedScales, NestedWeight, dynamic_map, nest
 
@@ -44,7 +50,7 @@ def nested_weight(num_blocks: int = 600) -> NestedWeight:
 @pytest.mark.parametrize("shape", [(16, 128), (3, 7)])
 def test_codes_are_read_as_written(kind: str, shape: tuple[int, int]) -> None:
     weight = random_weight(kind, shape)
-    read = READER.read("layer", in_memory(bitsandbytes.pack_codebook(weight)))
+    read = READER.read("layer", in_memory(BitsAndBytesWriter().encode(weight)))
     assert isinstance(read, CodebookWeight)
     assert torch.equal(read.codes, weight.codes)
     assert torch.equal(read.dequantize(), weight.dequantize())
@@ -52,7 +58,7 @@ def test_codes_are_read_as_written(kind: str, shape: tuple[int, int]) -> None:
 
 def test_double_quantization_is_read_as_written() -> None:
     weight = nested_weight()
-    tensors = bitsandbytes.pack_codebook(weight)
+    tensors = BitsAndBytesWriter().encode(weight)
     assert tensors["weight.absmax"].dtype is torch.uint8
     assert tensors["weight.nested_absmax"].shape == (3,)
     read = READER.read("layer", in_memory(tensors))
@@ -60,7 +66,7 @@ def test_double_quantization_is_read_as_written() -> None:
     assert torch.equal(read.nested.codes, weight.nested.codes)
     assert torch.equal(read.block_scales, weight.block_scales)
     assert torch.equal(read.dequantize(), weight.dequantize())
-    assert bitsandbytes.pack_codebook(read).keys() == tensors.keys()
+    assert BitsAndBytesWriter().encode(read).keys() == tensors.keys()
 
 
 @pytest.mark.parametrize(
@@ -72,12 +78,22 @@ def test_bytes_are_those_of_bitsandbytes(kind: str, first: list[int], rest: int)
     values[0, :8] = torch.tensor([0.5, -1, 0.25, 0, 1, -0.1, 0.75, -0.6])
     codes = (values[..., None] - CODEBOOKS[kind]).abs().argmin(-1).to(torch.uint8)
     weight = CodebookWeight(codes, CODEBOOKS[kind], torch.ones(1), 64)
-    tensors = bitsandbytes.pack_codebook(weight, "float32")
+    tensors = BitsAndBytesWriter("float32").encode(weight)
     # Computed with bitsandbytes 0.50.2.
     assert tensors["weight"].flatten().tolist() == [*first, *[rest] * 28]
     assert bytes(tensors[f"{STATE}{kind}"].tolist()).decode() == (
         f'{{"quant_type": "{kind}", "blocksize": 64, "dtype": "float32", "shape": [1, 64]}}'
     )
+
+
+def test_a_codebook_in_another_order_is_written_in_that_of_its_owner() -> None:
+    weight = random_weight("fp4")
+    rising, order = FP4.sort(stable=True)
+    codes = order.argsort()[weight.codes.long()].to(torch.uint8)
+    tensors = BitsAndBytesWriter().encode(replace(weight, codes=codes, codebook=rising))
+    assert torch.equal(tensors["weight.quant_map"], FP4)
+    read = READER.read("layer", in_memory(tensors))
+    assert torch.equal(read.dequantize(), weight.dequantize())
 
 
 def test_codebooks_are_those_of_bitsandbytes() -> None:
@@ -105,7 +121,7 @@ def test_nested_scales_are_the_nearest() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_other_storage_types_hold_the_same_bytes(dtype: torch.dtype) -> None:
     weight = random_weight()
-    tensors = bitsandbytes.pack_codebook(weight)
+    tensors = BitsAndBytesWriter().encode(weight)
     tensors["weight"] = tensors["weight"].view(dtype if dtype.itemsize == 1 else torch.uint8)
     tensors["weight"] = tensors["weight"].flatten().view(dtype)[:, None]
     read = READER.read("layer", in_memory(tensors))
@@ -122,7 +138,7 @@ def int8_weight() -> GroupedWeight:
 
 
 def test_rows_of_llm_int8_are_those_of_bitsandbytes() -> None:
-    tensors = bitsandbytes.pack_int8(int8_weight())
+    tensors = BitsAndBytesWriter().encode(int8_weight())
     # Computed with bitsandbytes 0.50.2.
     assert tensors["weight"].tolist() == [[32, -64, 16, 127], [42, 85, -127, 21]]
     assert tensors["SCB"].tolist() == [4.0, 0.300048828125]
@@ -149,12 +165,12 @@ def test_a_row_of_zeros_is_zero() -> None:
 )
 def test_weights_that_llm_int8_cannot_hold_are_refused(weight: GroupedWeight, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bitsandbytes.pack_int8(weight)
+        BitsAndBytesWriter().encode(weight)
 
 
 def test_another_codebook_is_refused() -> None:
     with pytest.raises(ValueError, match="codebooks nf4 and fp4"):
-        bitsandbytes.pack_codebook(replace(random_weight(), codebook=NF4 * 2))
+        BitsAndBytesWriter().encode(replace(random_weight(), codebook=NF4 * 2))
 
 
 def set_state(tensors: Tensors, **changes: object) -> None:
@@ -184,7 +200,7 @@ def set_state(tensors: Tensors, **changes: object) -> None:
 def test_tensors_that_contradict_each_other_are_refused(
     damage: Callable[[Tensors], object], message: str
 ) -> None:
-    tensors = bitsandbytes.pack_codebook(nested_weight())
+    tensors = BitsAndBytesWriter().encode(nested_weight())
     damage(tensors)
     with pytest.raises(CheckpointError, match=message):
         READER.read("layer", in_memory(tensors))

@@ -12,9 +12,8 @@ from qserve.kernels.activations import Activations
 from qserve.kernels.float8_weight import Float8Weight
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
-from qserve.quant.formats import compressed_tensors
 from qserve.quant.formats.compressed_schemes import read_schemes
-from qserve.quant.formats.compressed_tensors import CompressedFormat
+from qserve.quant.formats.compressed_tensors import CompressedFormat, CompressedWriter
 from qserve.quant.formats.layer_format import QuantizedWeight, in_memory
 
 Tensors = dict[str, torch.Tensor]
@@ -63,7 +62,7 @@ def test_packed_integers_are_read_as_written(bits: int, symmetric: bool, strateg
     group_size = 32 if strategy == "group" else 96
     weight = random_weight(bits, symmetric=symmetric, group_size=group_size)
     block = config(num_bits=bits, symmetric=symmetric, strategy=strategy)
-    tensors = compressed_tensors.pack_integers(weight)
+    tensors = CompressedWriter().encode(weight)
     assert_same(read(block, tensors), weight)
     assert ("weight_zero_point" in tensors) is not symmetric
 
@@ -73,7 +72,7 @@ def test_packed_integers_are_read_as_written(bits: int, symmetric: bool, strateg
 @pytest.mark.parametrize("group_size", [32, 96])
 def test_plain_integers_are_read_as_written(bits: int, symmetric: bool, group_size: int) -> None:
     weight = random_weight(bits, symmetric=symmetric, group_size=group_size)
-    tensors = compressed_tensors.store_integers(weight)
+    tensors = CompressedWriter(Activations.INT8_TOKEN).encode(weight)
     block = config(
         num_bits=bits, symmetric=symmetric, strategy="group" if group_size == 32 else "channel"
     )
@@ -91,7 +90,7 @@ def test_words_are_those_of_compressed_tensors() -> None:
         bits=4,
         group_size=8,
     )
-    tensors = compressed_tensors.pack_integers(weight)
+    tensors = CompressedWriter().encode(weight)
     # Computed with compressed-tensors 0.20.
     assert tensors["weight_packed"][0].tolist() == [0x2A4BF870] * 2
     assert tensors["weight_zero_point"].tolist() == [[0x76543210, 0x8FEDCBA9 - (1 << 32)]]
@@ -148,7 +147,7 @@ def test_float8_is_read_at_every_granularity(
     assert found.block == block
     again = read(
         config(type="float", num_bits=8, strategy=strategy, block_structure=[128, 128]),
-        compressed_tensors.store_floats(found),
+        CompressedWriter().encode(found),
     )
     assert torch.equal(again.dequantize(), found.dequantize())
     assert found.dequantize()[0, 0] == stored[0, 0].float() * scales.flatten()[0]
@@ -162,7 +161,7 @@ def test_old_activation_order_is_read() -> None:
     stored = GroupedWeight(natural, weight.scales, weight.zero_points, 4, 32)
     index = torch.empty(96, dtype=torch.int32)
     index[order] = torch.arange(96, dtype=torch.int32) // 32
-    tensors = compressed_tensors.pack_integers(stored) | {"weight_g_idx": index}
+    tensors = CompressedWriter().encode(stored) | {"weight_g_idx": index}
     expected = (natural.float() - 8) * weight.scales.float()[:, index.long()]
     assert torch.equal(read(config(), tensors).dequantize(), expected)
 
@@ -236,13 +235,13 @@ def test_other_kinds_are_refused(block: dict[str, Any], message: str) -> None:
 def test_tensors_that_contradict_each_other_are_refused(
     damage: Callable[[Tensors], object], message: str
 ) -> None:
-    tensors = compressed_tensors.pack_integers(random_weight(4, symmetric=False))
+    tensors = CompressedWriter().encode(random_weight(4, symmetric=False))
     damage(tensors)
     with pytest.raises(CheckpointError, match=message):
         read(config(symmetric=False), tensors)
 
 
 def test_a_packed_layer_that_the_config_ignores_is_refused() -> None:
-    tensors = compressed_tensors.pack_integers(random_weight(4, symmetric=True))
+    tensors = CompressedWriter().encode(random_weight(4, symmetric=True))
     with pytest.raises(CheckpointError, match="layer is packed, but config.json ignores it"):
         read(config() | {"ignore": ["layer"]}, tensors)

@@ -12,8 +12,9 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.formats import auto_round, gptq
 from qserve.quant.formats.awq import AwqFormat
-from qserve.quant.formats.gptq import GptqFormat, Scheme, ZeroPoints
+from qserve.quant.formats.gptq import GptqFormat, GptqWriter, Scheme, ZeroPoints
 from qserve.quant.formats.layer_format import PackedLayer, in_memory
+from qserve.quant.formats.writer import Coding, LayerScheme, scheme_of
 
 Tensors = dict[str, torch.Tensor]
 WORD = 1 << 32
@@ -64,13 +65,11 @@ def assert_same(read: GroupedWeight, weight: GroupedWeight) -> None:
 @pytest.mark.parametrize("group_size", [32, 96])
 def test_reading_gives_back_what_was_written(bits: int, version_2: bool, group_size: int) -> None:
     weight = random_weight(bits, symmetric=not version_2, group_size=group_size)
-    block = gptq.config_block(
-        Scheme(bits, -1 if group_size == 96 else 32, not version_2),
-        version_2=version_2,
-        writer="qserve:0",
-    )
+    writer = GptqWriter("test", version_2)
+    block = writer.config_block({"layer": scheme_of(weight)}, [])
+    assert block["group_size"] == (-1 if group_size == 96 else 32)
     read = GptqFormat.from_config(block).read(
-        "layer", in_memory(gptq.pack(weight, version_2=version_2))
+        "layer", in_memory(GptqWriter("test", version_2).encode(weight))
     )
     assert_same(read, weight)
     assert read.input_order is None
@@ -90,7 +89,7 @@ def test_symmetric_zero_points_are_the_words_of_autogptq(
 ) -> None:
     weight = random_weight(bits, symmetric=True)
     for version_2, words in ((False, v1), (True, v2)):
-        stored = gptq.pack(weight, version_2=version_2)["qzeros"]
+        stored = GptqWriter("test", version_2).encode(weight)["qzeros"]
         expected = signed(*words).repeat(3, 64 * bits // 32 // len(words))
         assert torch.equal(stored, expected)
 
@@ -99,11 +98,13 @@ def test_codes_run_along_the_inputs_from_the_low_end() -> None:
     weight = random_weight(4, symmetric=True)
     codes = weight.codes.clone()
     codes[0, :8] = torch.tensor([1, 15, 7, 8, 0, 3, 12, 9])
-    packed = gptq.pack(GroupedWeight(codes, weight.scales, weight.zero_points, 4, 32))
+    packed = GptqWriter("test").encode(
+        GroupedWeight(codes, weight.scales, weight.zero_points, 4, 32)
+    )
     assert packed["qweight"][0, 0] == 0x9C3087F1 - WORD
     codes[0, :32] = torch.arange(32) % 8
     wide = GroupedWeight(codes % 8, weight.scales, weight.zero_points // 2, 3, 32)
-    words = gptq.pack(wide, version_2=True)["qweight"][:3, 0]
+    words = GptqWriter("test", True).encode(wide)["qweight"][:3, 0]
     assert torch.equal(words[None], signed(0x88FAC688, 0xC688FAC6, 0xFAC688FA))
 
 
@@ -167,7 +168,7 @@ def test_worked_zero_points_of_autogptq() -> None:
 def test_activation_order_becomes_an_order_of_the_inputs(bits: int) -> None:
     order = torch.randperm(96, generator=torch.Generator().manual_seed(3))
     weight = random_weight(bits, symmetric=True, order=order)
-    tensors = gptq.pack(weight)
+    tensors = GptqWriter("test").encode(weight)
     assert tensors["g_idx"][order[0]] == 0
     assert tensors["g_idx"][order[95]] == 2
     read = GptqFormat.from_config(config(bits, desc_act=True)).read("layer", in_memory(tensors))
@@ -183,7 +184,7 @@ def test_activation_order_becomes_an_order_of_the_inputs(bits: int) -> None:
 
 
 def test_groups_in_their_natural_order_need_no_order_of_the_inputs() -> None:
-    tensors = gptq.pack(random_weight(4, symmetric=True))
+    tensors = GptqWriter("test").encode(random_weight(4, symmetric=True))
     read = GptqFormat.from_config(config(desc_act=True)).read("layer", in_memory(tensors))
     assert read.input_order is None
     del tensors["g_idx"]
@@ -195,11 +196,13 @@ def test_layers_may_differ_by_rule() -> None:
     reader = GptqFormat.from_config(config(sym=True, dynamic=rules))
     assert reader.scheme_of("mlp.down") == Scheme(8, 64, True)
     assert reader.scheme_of("mlp.up") == Scheme(2, 32, True)
-    written = gptq.dynamic_rules(
-        Scheme(4, 32, True), {"a.b": Scheme(8, 32, True), "a.c": Scheme(4, 32, True)}, ["head"]
-    )
-    assert list(written) == ["-:^head$", r"+:^a\.b$"]
-    reader = GptqFormat.from_config(config(sym=True, dynamic=written))
+    schemes = {
+        name: LayerScheme(64, 96, Coding.INTEGER, bits, 32)
+        for name, bits in {"a.b": 8, "a.c": 4, "a.d": 4}.items()
+    }
+    written = GptqWriter("test").config_block(schemes, ["head"])
+    assert list(written["dynamic"]) == ["-:^head$", r"+:^a\.b$"]
+    reader = GptqFormat.from_config(written)
     assert (reader.scheme_of("a.b").bits, reader.scheme_of("a.c").bits) == (8, 4)
     assert reader.scheme_of("a.b.c").bits == 4
 
@@ -261,7 +264,7 @@ def test_other_kinds_of_gptq_are_refused(changes: dict[str, Any], message: str) 
 def test_tensors_that_contradict_each_other_are_refused(
     damage: Callable[[Tensors], object], message: str
 ) -> None:
-    tensors = gptq.pack(random_weight(4, symmetric=True))
+    tensors = GptqWriter("test").encode(random_weight(4, symmetric=True))
     damage(tensors)
     with pytest.raises(CheckpointError, match=message):
         reader = GptqFormat.from_config(config(sym=True, desc_act=True))
@@ -281,7 +284,7 @@ def test_weights_that_the_format_cannot_hold_are_refused(
     weight: Callable[[], GroupedWeight], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        gptq.pack(weight())
+        GptqWriter("test").encode(weight())
 
 
 def split(weight: GroupedWeight, rows: int) -> GroupedWeight:

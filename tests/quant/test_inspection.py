@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats import awq
+from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.inspection import dtype_bits, inspect_checkpoint, kv_bytes_per_token
 
@@ -33,7 +34,7 @@ def write_packed(folder: Path) -> Checkpoint:
         bits=4,
         group_size=32,
     )
-    tensors = {f"layers.0.up.{key}": value for key, value in awq.pack(weight).items()}
+    tensors = {f"layers.0.up.{key}": value for key, value in AwqWriter().encode(weight).items()}
     tensors |= {f"layers.{i}.norm.weight": torch.ones(64) for i in range(11)}
     tensors["layers.0.up.bias"] = torch.zeros(96).half()
     tensors["embed.weight"] = torch.zeros(100, 64).half()

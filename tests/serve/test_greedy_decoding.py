@@ -20,6 +20,7 @@ from qserve.cli.demo_model import find_model
 from qserve.kernels.activations import Activations
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.formats import awq
+from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.source import resolve_model
 from qserve.serve.config import EngineConfig, HeadDtype, KVDtype
@@ -98,7 +99,7 @@ def round_to_awq(
         if dequantized:
             tensors[name] = rounded.dequantize()
         else:
-            parts = awq.pack(rounded)
+            parts = AwqWriter().encode(rounded)
             tensors |= {f"{module}.{key}": value for key, value in parts.items()}
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

@@ -14,6 +14,7 @@ from qserve.kernels.activations import Activations
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats import awq
+from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.config import HeadDtype
 from qserve.serve.layers.linear import Linear
@@ -54,7 +55,7 @@ def packed(weights: dict[str, GroupedWeight]) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": value
         for name, weight in weights.items()
-        for key, value in awq.pack(weight).items()
+        for key, value in AwqWriter().encode(weight).items()
     }
 
 
