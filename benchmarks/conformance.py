@@ -6,7 +6,6 @@ by qserve, and compares their logits with our own evaluation in float32.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -15,7 +14,6 @@ import sys
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import click
@@ -25,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
 from qserve.cli.demo_model import NAME, find_model
+from qserve.cli.row_table import append_rows, stamp
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.decoder import Decoder
 from qserve.quant.formats.checkpoint import Checkpoint
@@ -34,11 +33,6 @@ from qserve.quant.windows import python_topics, spread_windows, tokenize
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "conformance"
 ROWS = ROOT / "docs" / "benchmarks" / "conformance.csv"
-COLUMNS = (
-    *("peer", "checkpoint", "method", "bits", "group_size", "positions"),
-    *("max_relative_logit_difference", "same_top_token", "max_relative_weight_difference"),
-    *("commit", "date"),
-)
 PEERS_SCRIPT = Path(__file__).with_name("conformance_peers.py")
 REQUIREMENTS = Path(__file__).with_name("conformance_requirements.txt")
 PEERS = {"autoawq": "autoawq==0.2.9", "gptqmodel": "gptqmodel==7.7.0"}
@@ -153,26 +147,22 @@ def compare(
 def record(checkpoint: Path, num_positions: int, found: list[Comparison]) -> None:
     """Append a row for each peer to the results that the documentation quotes."""
     report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    is_new = not ROWS.is_file()
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    with ROWS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if is_new:
-            writer.writerow(COLUMNS)
-        for one in found:
-            scheme = (report["method"], report["bits"], report["group_size"])
-            figures = (f"{one.logits:.2e}", f"{one.same_top:.4f}", one.weights)
-            today = date.today().isoformat()
-            writer.writerow(
-                (one.peer, checkpoint.name, *scheme, num_positions, *figures, commit, today)
-            )
+    scheme = {name: report[name] for name in ("method", "bits", "group_size")}
+    append_rows(
+        ROWS,
+        [
+            stamp()
+            | {"peer": one.peer, "checkpoint": checkpoint.name}
+            | scheme
+            | {
+                "positions": num_positions,
+                "max_relative_logit_difference": f"{one.logits:.2e}",
+                "same_top_token": f"{one.same_top:.4f}",
+                "max_relative_weight_difference": "" if one.weights is None else one.weights,
+            }
+            for one in found
+        ],
+    )
 
 
 @click.command()

@@ -8,10 +8,7 @@ The default model is that of `qserve demo`, the default text the help that comes
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import os
-import subprocess
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +16,7 @@ from tempfile import TemporaryDirectory
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import say
 from qserve.cli.demo_model import find_model
+from qserve.cli.row_table import append_rows, stamp
 from qserve.quant.evaluate import DEFAULT_NUM_WINDOWS, DEFAULT_SEQ_LEN, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, Rounding
@@ -70,7 +68,7 @@ def main() -> None:
             rows.append(described | judge(source, out, args))
             print(rows[-1], flush=True)
     if not args.no_rows:
-        append(rows)
+        append_rows(TABLE, [{**stamp(), **row} for row in rows])
 
 
 def quantize_to(source: Checkpoint, out: Path, options: QuantizeOptions) -> QuantizationReport:
@@ -106,25 +104,6 @@ def judge(source: Checkpoint, out: Path, args: argparse.Namespace) -> Row:
         value = getattr(found, name)
         figures[name] = None if value is None else round(value, 4)
     return figures
-
-
-def append(rows: list[Row]) -> None:
-    """Add the rows to the table, with the date and the commit."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    ).stdout.strip()
-    stamp: Row = {"date": datetime.date.today().isoformat(), "commit": commit}
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not TABLE.exists()
-    with TABLE.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*stamp, *rows[0]])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(stamp | row for row in rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def compare_arguments() -> list[str]:
 
 # In the order of what they need: ops alone, a checkpoint, an engine and its peer.
 BENCHMARKS: dict[str, Callable[[], list[str]]] = {
-    "native_kernels": list,
+    "kernel_rates": list,
     "quality": lambda: ["--keep", str(CHECKPOINTS)],
     "compare_engines": compare_arguments,
 }

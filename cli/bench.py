@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qserve.cli.console import print_table
+from qserve.cli.console import print_table, progress
 from qserve.cli.engine_options import engine_options, find_folder, read_engine_options
 from qserve.cli.quantities import format_bytes
 
 if TYPE_CHECKING:
+    import torch
+    from _typeshed import DataclassInstance
+
+    from qserve.kernels.benchmark import Measurement
+    from qserve.kernels.machine_bounds import MachineBounds
     from qserve.serve.engine_benchmark import EngineFigures
 
 
@@ -72,3 +77,113 @@ def describe(figures: EngineFigures) -> dict[str, str]:
         "weights read in a step": weights,
         "of it, decoding one request": share,
     }
+
+
+@command.command()
+@click.option("--op", "ops", multiple=True, help="Only this op; may be repeated.")
+@click.option("--shape", default="", help="Only shapes whose description contains this.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@click.option("--isa", help="Instruction set of the native kernels. Default: the best there is.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=0.2,
+    show_default=True,
+    help="Time for each case.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def kernels(ops: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Measure every op on the shapes of a real model, beside what this machine can do.
+
+    Times are the 20th, 50th and 80th percentile, rates those of the 50th. The share is of the
+    shortest time that the rates of reading and multiplying allow, which are measured first.
+    """
+    import torch
+
+    from qserve.kernels.benchmark import find_cases, measure_case
+    from qserve.kernels.machine_bounds import measure_bounds
+
+    device = torch.device(options["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _prepare_device(device, options["threads"], options["isa"])
+    try:
+        cases = find_cases(device, ops, options["shape"])
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--op") from None
+    if not cases:
+        raise click.BadParameter(f"no shape contains {options['shape']!r}", param_hint="--shape")
+    bounds = measure_bounds(device)
+    with progress("measuring", len(cases)) as advance:
+        found: list[Measurement] = []
+        for case in cases:
+            advance(len(found), f"{case.op} {case.shape}")
+            found.append(measure_case(case, device, bounds, options["seconds"]))
+    machine = describe_device(device)
+    if as_json:
+        rows = [_rounded(measurement) for measurement in found]
+        json.dump({"machine": machine, "bounds": _rounded(bounds), "rows": rows}, sys.stdout)
+        sys.stdout.write("\n")
+    else:
+        _print_kernels(machine, bounds, found)
+
+
+def describe_device(device: torch.device) -> dict[str, str | int]:
+    """What the figures were measured on: processor, instruction set and threads, or the GPU."""
+    import torch
+
+    from qserve.cli.doctor import machine
+    from qserve.kernels import native
+
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    if not native.available():
+        return {"device": machine()["processor"], "isa": "none", "threads": torch.get_num_threads()}
+    return {
+        "device": machine()["processor"],
+        "isa": native.isa(),
+        "threads": native.num_threads(),
+    }
+
+
+def _prepare_device(device: torch.device, threads: int | None, isa: str | None) -> None:
+    """Raises ``click.UsageError`` for a GPU or an instruction set that is not there."""
+    import torch
+
+    from qserve.kernels import native
+
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: PyTorch finds no GPU here, see `qserve doctor`")
+    if not native.available():
+        if isa:
+            raise click.UsageError(f"--isa {isa}: {native.failure()}")
+        torch.set_num_threads(threads or torch.get_num_threads())
+        return
+    known = native.supported_isas()
+    if isa and isa not in known:
+        raise click.BadParameter(f"{isa}: this machine has {', '.join(known)}", param_hint="--isa")
+    native.select_isa(isa or native.isa())
+    native.set_num_threads(threads or native.num_threads())
+    torch.set_num_threads(1)  # the native kernels have threads of their own
+
+
+def _rounded(figures: DataclassInstance) -> dict[str, Any]:
+    return {
+        name: round(value, 3 if name == "share" else 1) if isinstance(value, float) else value
+        for name, value in asdict(figures).items()
+    }
+
+
+def _print_kernels(
+    machine: dict[str, str | int], bounds: MachineBounds, found: list[Measurement]
+) -> None:
+    columns = ("op", "shape", "backend", "p20 us", "p50 us", "p80 us", "GB/s", "GMAC/s", "share")
+    rows = [tuple(_rounded(measurement).values()) for measurement in found]
+    print_table("kernels", columns, rows)
+    rates = _rounded(bounds)
+    click.echo(
+        f"{', '.join(f'{name} {value}' for name, value in machine.items())}: at best "
+        f"{rates['read_gb_s']} GB/s read, {rates['int8_gmac_s']} GMAC/s int8, "
+        f"{rates['float_gmac_s']} GMAC/s float"
+    )

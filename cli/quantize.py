@@ -34,7 +34,7 @@ BUILT_IN, SELF = "builtin", "self"
     help="Activation-aware: looks at calibration text (the default).",
 )
 @click.option("--rtn", "method", flag_value="rtn", help="Round to nearest: no text, no search.")
-@click.option("--bits", type=int, default=4, show_default=True, help="Width of a weight.")
+@click.option("--bits", type=int, default=None, help="Width of a weight.")
 @click.option(
     "--group-size",
     type=int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
@@ -10,11 +9,11 @@ import click
 
 from qserve.cli.errors import ExitCode
 from qserve.cli.main import PROGRAM, cli
+from qserve.cli.row_table import STAMP, last_run
 
 DOCS = Path(__file__).resolve().parent
 REFERENCE = DOCS / "reference"
 BENCHMARKS = DOCS / "benchmarks"
-STAMP = ("date", "commit")  # the columns that the rows of one run share
 WIDTH = 100  # so that the pages do not depend on who runs this
 
 
@@ -65,14 +64,11 @@ def benchmarks() -> str:
 
 
 def _last_run(table: Path) -> str:
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    run = [rows[-1].get(column) for column in STAMP]
-    shown = [row for row in rows if [row.get(column) for column in STAMP] == run]
-    columns = [column for column in rows[0] if column not in STAMP]
+    shown = last_run(table)
+    columns = [column for column in shown[0] if column not in STAMP]
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(row[column] or "" for column in columns) for row in shown]
-    date, commit = run
+    date, commit = (shown[0][column] for column in STAMP)
     title = table.stem.replace("_", " ").capitalize()
     return "\n".join([f"## {title}", "", f"{date}, {commit}.", "", *(f"| {x} |" for x in lines)])
 

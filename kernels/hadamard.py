@@ -24,5 +24,5 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
         first, second = pairs.unbind(-2)
         runs = torch.stack([first + second, first - second], dim=-2).flatten(-3)
         distance *= 2
-    runs = runs * size**-0.5
-    return runs.flatten(-2)
+    rotated: torch.Tensor = (runs * size**-0.5).flatten(-2)
+    return rotated

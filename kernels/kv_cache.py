@@ -159,11 +159,16 @@ class LayerCache:
             )
 
     def _open(self) -> Any:
-        if self.format.has_scales:
-            return None
-        return native.extension().LayerCache(
-            self.k.data_ptr(), self.v.data_ptr(), *self.k.shape, native.float_type(self.k.dtype)
+        extension = native.extension()
+        sides = (
+            extension.CacheSide(*(0 if part is None else part.data_ptr() for part in parts))
+            for parts in (
+                (self.k, self.k_scales, self.k_offsets),
+                (self.v, self.v_scales, self.v_offsets),
+            )
         )
+        format = getattr(extension.KvFormat, self.format.name)
+        return extension.LayerCache(*sides, *self.k.shape[:3], self.head_dim, format)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

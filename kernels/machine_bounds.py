@@ -40,11 +40,12 @@ class MachineBounds:
         return cost.bound_s(1e9 * self.read_gb_s, 2e9 * rate)
 
 
-def measure_bounds(device: torch.device, seconds: float = SECONDS) -> MachineBounds:
-    """The bounds of ``device``, each measured for ``seconds``; medians.
+def measure_bounds(device: torch.device, seconds: float | None = None) -> MachineBounds:
+    """The bounds of ``device``, each measured for ``seconds`` (``SECONDS`` by default); medians.
 
     A CPU without our native kernels is measured with PyTorch's reductions and float32 products.
     """
+    seconds = SECONDS if seconds is None else seconds
     if device.type == "cuda":
         return _measure_gpu(device, seconds)
     if not native.available():

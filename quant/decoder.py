@@ -5,7 +5,7 @@ Memory is one block in float32, whatever the size of the model, plus the caller'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from qserve.kernels.activations import Activations, round_activations
 from qserve.quant.architecture import Stage, architecture_of, check_attention
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
@@ -69,6 +70,16 @@ class Block:
     def full_name(self, name: str) -> str:
         """The name that a module of this block has in the checkpoint."""
         return f"model.layers.{self.index}.{name}"
+
+    def round_inputs_(self, names: Iterable[str], activations: Activations) -> None:
+        """Let linear layers round their inputs, as the kernels that run a checkpoint do."""
+
+        def rounded(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            rows = inputs[0].flatten(0, -2)
+            return (round_activations(rows, activations).view_as(inputs[0]),)
+
+        for name in names:
+            self.linear(name).register_forward_pre_hook(rounded)
 
     def run_(self, hidden: torch.Tensor) -> None:
         """Replace hidden states ``[S, T, hidden_size]`` by the output of the block."""

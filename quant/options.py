@@ -21,8 +21,39 @@ class Method(Enum):
     AWQ = "awq"
     """Activation-aware scales, searched ranges (Lin et al., 2023)."""
 
+    GPTQ = "gptq"
+    """The same steps on symmetric codes of 2, 3, 4 or 8 bits, stored as GPTQ (Frantar et al.,
+    2022)."""
+
+    INT8 = "int8"
+    """8-bit weights, one scale a row or a group; activations stay in 16 bits."""
+
+    SMOOTHQUANT = "smoothquant"
+    """8-bit weights and activations, with scales that move outliers from the activations to the
+    weights (Xiao et al., 2022)."""
+
+    NF4 = "nf4"
+    """4-bit levels that are dense where weights are, stored as bitsandbytes does (Dettmers et al.,
+    2023)."""
+
+    FP4 = "fp4"
+    """4-bit floats, stored as bitsandbytes does."""
+
+    LLM_INT8 = "llm-int8"
+    """8-bit weights as bitsandbytes' LLM.int8() stores them; reads no text (Dettmers et al.,
+    2022)."""
+
     RTN = "rtn"
-    """Round to nearest, without looking at any text: the baseline."""
+    """Round to nearest, without looking at any text, stored as AWQ: the baseline."""
+
+
+BITS = {method: (4,) for method in Method} | {
+    Method.GPTQ: (4, 3, 2, 8),
+    Method.INT8: (8,),
+    Method.SMOOTHQUANT: (8,),
+    Method.LLM_INT8: (8,),
+}
+"""Widths of codes that a method can store, its default first."""
 
 
 class CalibrationSource(Enum):
@@ -50,8 +81,9 @@ class Rounding(Enum):
 class QuantizeOptions:
     """One quantization run.
 
-    group_size: inputs that share a scale; None takes the largest of 128, 64 and 32 that divides
-        every layer.
+    bits: of a code; None takes what the method usually stores.
+    group_size: inputs that share a scale, -1 for all of a row; None takes the coarsest that the
+        method's format has and that divides every layer.
     rounding: of AWQ; RTN rounds to nearest.
     calibration: a UTF-8 text file, or one of the sources that need no file. RTN reads none.
     num_samples, seq_len: calibration windows and their length in tokens.
@@ -65,7 +97,7 @@ class QuantizeOptions:
     """
 
     method: Method = Method.AWQ
-    bits: int = 4
+    bits: int | None = None
     group_size: int | None = None
     rounding: Rounding = Rounding.FEEDBACK
     calibration: Path | CalibrationSource = CalibrationSource.BUILT_IN
@@ -76,12 +108,9 @@ class QuantizeOptions:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
     def __post_init__(self) -> None:
-        if self.bits != 4:
-            raise OptionError(f"bits {self.bits}: the AWQ format holds 4-bit weights; use 4")
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise OptionError(
-                f"group size {self.group_size}: expected 128, 64 or 32, which every engine reads"
-            )
+        if self.bits is not None and self.bits not in BITS[self.method]:
+            listed = " or ".join(map(str, BITS[self.method]))
+            raise OptionError(f"bits {self.bits}: {self.method.value} stores {listed}-bit weights")
         for name in ("num_samples", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} {getattr(self, name)}: expected a positive number")
@@ -94,3 +123,8 @@ class QuantizeOptions:
                 raise OptionError(
                     f"ignore {pattern!r} is not a regular expression ({error})"
                 ) from None
+
+    @property
+    def code_bits(self) -> int:
+        """The width of a code."""
+        return BITS[self.method][0] if self.bits is None else self.bits

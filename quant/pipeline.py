@@ -14,8 +14,8 @@ import torch
 
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant import rtn
-from qserve.quant.awq import AwqQuantizer
 from qserve.quant.block_result import BlockResult
+from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.calibration import Calibration, gather_calibration
 from qserve.quant.decoder import HEAD, Block, Decoder
 from qserve.quant.errors import CheckpointError
@@ -23,9 +23,9 @@ from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.registry import OutputFormat, make_writer
 from qserve.quant.formats.shard_writer import ShardWriter
 from qserve.quant.formats.writer import LayerScheme, scheme_of
-from qserve.quant.grid import LevelSet
+from qserve.quant.methods import profile_of
 from qserve.quant.model_files import copy_files, write_config
-from qserve.quant.options import Method, QuantizeOptions
+from qserve.quant.options import QuantizeOptions
 from qserve.quant.plan import Plan, make_plan
 from qserve.quant.progress import Phase, Progress, ProgressCallback
 from qserve.quant.report import CalibrationReport, QuantizationReport, SizeReport
@@ -80,6 +80,7 @@ class _Run:
         self._decoder = decoder
         self._source = decoder.checkpoint
         self._plan = plan
+        self._profile = profile_of(options)
         self._options = options
         self._writer = writer
         self._results: list[BlockResult] = []
@@ -90,17 +91,17 @@ class _Run:
         self._format = make_writer(OutputFormat.AWQ, PROGRAM)
         self._length = 1
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
-            block, plan, LevelSet(options.bits)
+            block, plan, self._profile.levels
         )
 
     def prepare(self) -> Calibration | None:
         """Gather the calibration windows, unless the method reads none."""
-        if self._options.method is Method.RTN:
+        if not self._profile.calibrated:
             return None
         calibration = gather_calibration(self._decoder, self._options)
         hidden = as_stored(self._decoder.embed(calibration.token_ids))
         self._length = hidden.shape[1]
-        quantizer = AwqQuantizer(hidden, self._plan, self._options)
+        quantizer = CalibratedQuantizer(hidden, self._plan, self._profile)
         self._quantize_block = quantizer.quantize_block
         return calibration
 
@@ -166,7 +167,7 @@ class _Run:
             model=self._source.folder.name,
             architecture=self._source.architecture,
             method=self._options.method.value,
-            bits=self._options.bits,
+            bits=self._options.code_bits,
             group_size=self._plan.group_size,
             seed=self._options.seed,
             calibration=self._calibration_report(calibration),

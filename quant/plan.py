@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qserve.quant.architecture import Stage
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import OptionError
-from qserve.quant.formats.awq import OUT_FEATURES_MULTIPLE
-from qserve.quant.options import GROUP_SIZES, QuantizeOptions
+from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
+from qserve.quant.options import QuantizeOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,16 @@ class Plan:
     group_size: int
     skipped: tuple[SkippedLayer, ...]
 
+    def group_in(self, in_features: int) -> int:
+        """Inputs that share a scale in a layer with so many of them."""
+        return in_features if self.group_size == WHOLE_ROW else self.group_size
+
+    def names_in(self, block: Block) -> tuple[str, ...]:
+        """The quantized linear layers of a block, by their names inside it."""
+        return tuple(
+            name for stage in block.stages if self.includes(block, stage) for name in stage.linears
+        )
+
     def includes(self, block: Block, stage: Stage) -> bool:
         """Whether the layers of this stage are quantized: all of them or none."""
         name = block.full_name(stage.linears[0])
@@ -44,7 +55,7 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
     Raises ``OptionError`` for a group size that does not divide the inputs of a layer, for an
     ``ignore`` that matches nothing, and when nothing is left to quantize.
     """
-    block = decoder.skeleton
+    block, profile = decoder.skeleton, profile_of(options)
     patterns = [re.compile(pattern) for pattern in options.ignore]
     used: set[re.Pattern[str]] = set()
     skipped: list[SkippedLayer] = []
@@ -55,7 +66,7 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
             matches = {n: p for n, full in names.items() for p in patterns if p.search(full)}
             used.update(p for full in names.values() for p in patterns if p.search(full))
             reasons = {n: f"matches {p.pattern!r}" for n, p in matches.items()}
-            reasons = reasons or _misfits(block, stage)
+            reasons = reasons or _misfits(block, stage, profile)
             if not reasons:
                 included.append(stage)
             skipped += [
@@ -72,22 +83,23 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
     if not included:
         raise OptionError("no linear layer is left to quantize: ignore fewer of them")
     widths = {name: block.linear(name).in_features for s in included for name in s.linears}
-    return Plan(_group_size(options.group_size, widths), tuple(skipped))
+    return Plan(_group_size(options.group_size, widths, profile.group_sizes), tuple(skipped))
 
 
-def _misfits(block: Block, stage: Stage) -> dict[str, str]:
+def _misfits(block: Block, stage: Stage, profile: Profile) -> dict[str, str]:
     """The layers of a stage that the format cannot hold, with the reason."""
     reasons = {}
+    narrowest = profile.group_sizes[-1]
+    in_multiple = narrowest if narrowest != WHOLE_ROW else profile.multiple
     for name in stage.linears:
         layer = block.linear(name)
-        if layer.out_features % OUT_FEATURES_MULTIPLE:
+        if layer.out_features % profile.multiple:
             reasons[name] = (
-                f"{layer.out_features} outputs, the format needs a multiple of "
-                f"{OUT_FEATURES_MULTIPLE}"
+                f"{layer.out_features} outputs, the format needs a multiple of {profile.multiple}"
             )
-        elif layer.in_features % GROUP_SIZES[-1]:
+        elif layer.in_features % in_multiple:
             reasons[name] = (
-                f"{layer.in_features} inputs, the format needs a multiple of {GROUP_SIZES[-1]}"
+                f"{layer.in_features} inputs, the format needs a multiple of {in_multiple}"
             )
     return reasons
 
@@ -96,15 +108,27 @@ def _follows(reasons: dict[str, str]) -> str:
     return f"runs fused with {', '.join(reasons)}, which stays in 16 bits"
 
 
-def _group_size(asked: int | None, widths: dict[str, int]) -> int:
-    """The group size for layers with these numbers of inputs."""
-    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths.values())]
+def _group_size(asked: int | None, widths: dict[str, int], sizes: tuple[int, ...]) -> int:
+    """The group size for layers with these numbers of inputs: one of ``sizes``."""
+
+    def divides(size: int, width: int) -> bool:
+        return size == WHOLE_ROW or width % size == 0
+
+    fitting = [size for size in sizes if all(divides(size, width) for width in widths.values())]
     if asked is None:
         return fitting[0]
+    if asked not in sizes:
+        raise OptionError(
+            f"group size {asked}: this method takes {_listed(sizes)}, which every engine reads"
+        )
     if asked not in fitting:
         misfits = [f"{name} ({width})" for name, width in widths.items() if width % asked]
         raise OptionError(
             f"groups of {asked} do not divide the inputs of {', '.join(misfits)}: use a group size "
-            f"of {' or '.join(map(str, fitting))}"
+            f"of {_listed(fitting)}"
         )
     return asked
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return " or ".join("-1 (a whole row)" if size == WHOLE_ROW else str(size) for size in sizes)

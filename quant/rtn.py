@@ -24,7 +24,7 @@ def quantize_block(block: Block, plan: Plan, levels: LevelSet) -> BlockResult:
             continue
         for name in stage.linears:
             weight = block.linear(name).weight.detach()
-            groups = weight.unflatten(1, (-1, plan.group_size))
+            groups = weight.unflatten(1, (-1, plan.group_in(weight.shape[1])))
             grid = grid_over_all(groups, levels)
             rounded = Rounded(nearest_levels(groups, grid), grid)
             weights[name] = rounded.pack()

@@ -106,11 +106,8 @@ class ScaleSearch:
 
     def scale_at(self, input_exponent: float, weight_exponent: float) -> torch.Tensor:
         """``rms(x)^a / rms(w)^b``, shared where it must be, its extremes centred around one."""
-        log_scale = input_exponent * self._log_inputs - weight_exponent * self._log_weights
-        if self._sharing is not None:
-            log_scale = self._sharing.share(log_scale)
-        log_scale = log_scale - (log_scale.max() + log_scale.min()) / 2
-        return log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
+        logs = input_exponent * self._log_inputs - weight_exponent * self._log_weights
+        return scale_from_logs(logs, self._sharing)
 
     def _error(self, weight: torch.Tensor, scale: torch.Tensor) -> float:
         """Output error of rounding ``weight * scale`` to nearest, inputs divided by ``scale``."""
@@ -120,6 +117,15 @@ class ScaleSearch:
             difference = rounding_difference(groups, grid_over_all(groups, self._levels))
             total += float(output_errors(difference.flatten(1).div_(scale), self._gram).sum())
         return total
+
+
+def scale_from_logs(log_scale: torch.Tensor, sharing: HeadSharing | None) -> torch.Tensor:
+    """The scale ``[K]`` with these logarithms, shared where it must be, its extremes centred around
+    one."""
+    if sharing is not None:
+        log_scale = sharing.share(log_scale)
+    log_scale = log_scale - (log_scale.max() + log_scale.min()) / 2
+    return log_scale.clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
 
 
 def _log_rms(mean_squares: torch.Tensor) -> torch.Tensor:

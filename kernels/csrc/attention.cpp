@@ -22,6 +22,13 @@ struct Task {
   int64_t sequence, kv_head, part;
 };
 
+int64_t first_seen(const AttentionJob& job, int64_t position) {
+  return position - std::min(position, job.scoring.window - 1);
+}
+
+// The first split that a decode row over `context` positions sees.
+int64_t first_split(const AttentionJob& job, int64_t context) { return first_seen(job, context - 1) / kSplit; }
+
 // What a batch amounts to, found while it is checked.
 struct Amount {
   int64_t decode_splits = 0, chunks = 0, work = 0;
@@ -44,15 +51,16 @@ Amount check(const AttentionJob& job, const RaggedBatch& batch) {
     const int64_t num_blocks = divide_up(context, cache.block_size);
     if (num_blocks > batch.max_blocks) refuse(s, "its positions do not fit its row of block_tables");
     const int32_t* blocks = batch.block_tables + s * batch.max_blocks;
-    for (int64_t b = 0; b < num_blocks; ++b)
+    const int64_t seen_from = first_seen(job, context - rows);
+    for (int64_t b = seen_from / cache.block_size; b < num_blocks; ++b)
       if (blocks[b] < 0 || blocks[b] >= cache.num_blocks)
         refuse(s, "block " + std::to_string(blocks[b]) + " is outside the cache");
     if (rows == 1) {
-      amount.decode_splits += divide_up(context, kSplit) * cache.num_kv_heads;
+      amount.decode_splits += (divide_up(context, kSplit) - first_split(job, context)) * cache.num_kv_heads;
     } else {
       amount.chunks += divide_up(rows, kChunkTokens) * cache.num_kv_heads;
     }
-    amount.work += rows * context * job.heads_per_kv * cache.num_kv_heads * cache.head_dim;
+    amount.work += rows * (context - seen_from) * job.heads_per_kv * cache.num_kv_heads * cache.head_dim;
   }
   return amount;
 }
@@ -61,7 +69,7 @@ class Attention {
  public:
   Attention(const AttentionJob& job, const RaggedBatch& batch, const Amount& amount)
       : job_(job), batch_(batch), amount_(amount), table_(kernels().attention), heads_(job.heads_per_kv),
-        width_(job.cache.head_dim) {
+        width_(job.width) {
     const int64_t rows = amount.decode_splits * heads_;
     Pieces pieces(scratch(ScratchUse::kCall, Pieces::size<Task>(amount.chunks) + Pieces::size<Task>(amount.decode_splits) +
                                                  Pieces::size<SoftmaxState>(amount.decode_splits) +
@@ -101,18 +109,23 @@ class Attention {
     }
   }
 
-  int64_t num_splits(int64_t sequence) const { return divide_up(batch_.context_lens[sequence], kSplit); }
+  int64_t num_splits(int64_t sequence) const {
+    const int64_t context = batch_.context_lens[sequence];
+    return divide_up(context, kSplit) - first_split(job_, context);
+  }
 
   const int32_t* blocks(int64_t sequence) const { return batch_.block_tables + sequence * batch_.max_blocks; }
 
   void attend_split(int64_t index) const {
     const Task& task = splits_[index];
-    const int64_t begin = task.part * kSplit, context = batch_.context_lens[task.sequence];
-    const size_t numbers = heads_ * width_ + kRowBlock * kSplit;
+    const int64_t context = batch_.context_lens[task.sequence];
+    const int64_t begin = (first_split(job_, context) + task.part) * kSplit;
+    const size_t numbers = (heads_ + 1) * width_ + kRowBlock * kSplit + (job_.direct ? 0 : 2 * kSplit * width_);
     table_.attend_split(job_, {.blocks = blocks(task.sequence),
                                .kv_head = task.kv_head,
                                .row = batch_.starts[task.sequence],
                                .begin = begin,
+                               .first = std::max(begin, first_seen(job_, context - 1)),
                                .end = std::min(begin + kSplit, context),
                                .to = states_[index],
                                .scratch = task_scratch(numbers)});
@@ -135,7 +148,7 @@ class Attention {
   int64_t merge(int64_t index) const {
     const Task& task = splits_[index];
     const int64_t count = num_splits(task.sequence);
-    table_.merge_splits(job_, batch_.starts[task.sequence], task.kv_head, states_ + index, count);
+    table_.merge_splits(job_, batch_.starts[task.sequence], task.kv_head, states_ + index, count, task_scratch(width_));
     return count;
   }
 
@@ -155,7 +168,10 @@ class Attention {
 
 }  // namespace
 
-void paged_attention(const AttentionJob& job, const RaggedBatch& batch) {
+void paged_attention(AttentionJob job, const RaggedBatch& batch) {
+  job.width = divide_up(job.cache.head_dim, kWholeRow) * kWholeRow;
+  // A byte of nibbles holds one element of either half of a row: both must consist of whole vectors.
+  job.direct = job.cache.head_dim % (job.cache.format == KvFormat::kInt4 ? 2 * kWholeRow : kWholeRow) == 0;
   const Amount amount = check(job, batch);
   Attention(job, batch, amount).run();
 }

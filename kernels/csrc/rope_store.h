@@ -1,13 +1,13 @@
 // Rotation of queries and keys, and the store of keys and values into the cache.
 #pragma once
 
-#include "attention_kernels.h"
-#include "simd.h"
+#include "kv_rows.h"
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
 
-QSERVE_INLINE void rotate(float* head, const float* cos_sin, int64_t half) {
+// Elements i and i + half.
+QSERVE_INLINE void turn_halves(float* head, const float* cos_sin, int64_t half) {
   for (int64_t i = 0; i < half; i += W) {
     const int count = half - i < W ? int(half - i) : W;
     const F first = load_part(head + i, count), second = load_part(head + half + i, count);
@@ -17,46 +17,40 @@ QSERVE_INLINE void rotate(float* head, const float* cos_sin, int64_t half) {
   }
 }
 
-template <typename T>
-QSERVE_INLINE void store_head(const float* head, T* to, int64_t width) {
-  int64_t i = 0;
-  for (; i + W <= width; i += W) store_as(to + i, load(head + i));
-  if (i < width) {
-    T tail[W];
-    store_as(tail, load_part(head + i, int(width - i)));
-    for (int64_t j = 0; i + j < width; ++j) to[i + j] = tail[j];
+// Elements 2 i and 2 i + 1: the compiler makes vectors of it.
+QSERVE_INLINE void turn_neighbours(float* head, const float* cos_sin, int64_t half) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = head[2 * i], second = head[2 * i + 1], cosine = cos_sin[i], sine = cos_sin[half + i];
+    head[2 * i] = first * cosine - second * sine;
+    head[2 * i + 1] = second * cosine + first * sine;
   }
 }
 
-template <typename T>
-void rope_and_store_of(const RopeJob& job, int64_t begin, int64_t end) {
+// scratch: two heads in whole vectors.
+void rope_and_store(const RopeJob& job, int64_t begin, int64_t end, float* scratch) {
   const CacheView& cache = job.cache;
-  const int64_t width = cache.head_dim;
+  const int64_t width = cache.head_dim, heads = cache.num_kv_heads, half = job.rotary_dim / 2;
   for (int64_t token = begin; token < end; ++token) {
     float* row = job.qkv + token * job.stride;
-    const float* angles = job.cos_sin + job.positions[token] * width;
-    const int64_t rotated = job.num_heads + cache.num_kv_heads;
-    for (int64_t h = 0; h < rotated; ++h) rotate(row + h * width, angles, width / 2);
+    const float* angles = job.cos_sin + job.positions[token] * job.rotary_dim;
+    for (int64_t h = 0; h < job.num_heads + heads; ++h) {
+      if (job.interleaved) {
+        turn_neighbours(row + h * width, angles, half);
+      } else {
+        turn_halves(row + h * width, angles, half);
+      }
+    }
     const int64_t slot = job.slots[token];
     if (slot < 0) continue;
     const int64_t block = slot / cache.block_size, offset = slot % cache.block_size;
-    for (int64_t h = 0; h < cache.num_kv_heads; ++h) {
-      const int64_t at = ((block * cache.num_kv_heads + h) * cache.block_size + offset) * width;
-      const float* key = row + (job.num_heads + h) * width;
-      store_head(key, static_cast<T*>(cache.k) + at, width);
-      store_head(key + cache.num_kv_heads * width, static_cast<T*>(cache.v) + at, width);
-    }
-  }
-}
-
-void rope_and_store(const RopeJob& job, int64_t begin, int64_t end) {
-  switch (job.cache.type) {
-    case FloatType::kFloat32:
-      return rope_and_store_of<float>(job, begin, end);
-    case FloatType::kFloat16:
-      return rope_and_store_of<Half>(job, begin, end);
-    case FloatType::kBfloat16:
-      return rope_and_store_of<Bfloat>(job, begin, end);
+    with_row_type(cache.format, [&](auto type) {
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = (block * heads + h) * cache.block_size + offset;
+        const float* key = row + (job.num_heads + h) * width;
+        store_row(type, key, width, scratch, cache.k, at);
+        store_row(type, key + heads * width, width, scratch, cache.v, at);
+      }
+    });
   }
 }
 

@@ -18,7 +18,8 @@ struct RaggedBatch {
   int64_t num_rows;
 };
 
-// Throws std::invalid_argument for lengths, starts or blocks that do not fit together.
-void paged_attention(const AttentionJob& job, const RaggedBatch& batch);
+// Fills in the width of `job` and whether rows are direct. Throws std::invalid_argument for lengths, starts or blocks that do not
+// fit together.
+void paged_attention(AttentionJob job, const RaggedBatch& batch);
 
 }  // namespace qserve

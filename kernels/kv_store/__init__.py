@@ -65,8 +65,7 @@ def rope_and_store(
             raise TypeError(f"{name} is {indices.dtype}, expected int32")
         if indices.dim() != 1 or indices.size(0) != qkv.size(0) or not indices.is_contiguous():
             raise ValueError(f"{name} has shape {tuple(indices.shape)}, expected [{qkv.size(0)}]")
-    backend = choose("kv_store", qkv.device).backend
-    if backend is Backend.CPU and cpu.can_store(kv, cos_sin, interleaved):
-        cpu.rope_and_store(qkv, positions, cos_sin, kv, slot_mapping)
+    if choose("kv_store", qkv.device).backend is Backend.CPU:
+        cpu.rope_and_store(qkv, positions, cos_sin, kv, slot_mapping, interleaved)
     else:
         reference.rope_and_store(qkv, positions, cos_sin, kv, slot_mapping, interleaved)

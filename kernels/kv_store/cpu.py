@@ -8,17 +8,13 @@ from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.native import extension
 
 
-def can_store(kv: LayerCache, cos_sin: torch.Tensor, interleaved: bool) -> bool:
-    """Whether the native kernel has this cache and rotation; the reference has all."""
-    return kv.handle is not None and cos_sin.size(1) == kv.head_dim and not interleaved
-
-
 def rope_and_store(
     qkv: torch.Tensor,
     positions: torch.Tensor,
     cos_sin: torch.Tensor,
     kv: LayerCache,
     slot_mapping: torch.Tensor,
+    interleaved: bool,
 ) -> None:
     """Rotates q and k inside ``qkv`` and writes k and v to the slots; see the public op."""
     extension().rope_and_store(
@@ -29,6 +25,7 @@ def rope_and_store(
         positions.data_ptr(),
         slot_mapping.data_ptr(),
         cos_sin.data_ptr(),
-        cos_sin.shape[0],
+        *cos_sin.shape,
+        interleaved,
         kv.handle,
     )

@@ -51,7 +51,7 @@ def paged_attention(
             f"there are {scoring.sinks.numel()} sinks for {width // kv.head_dim} query heads"
         )
     backend = choose("paged_attention", q.device).backend
-    if backend is Backend.CPU and cpu.can_attend(kv, scoring):
+    if backend is Backend.CPU:
         cpu.paged_attention(q, kv, block_tables, context_lens, cu_seqlens_q, scoring, out)
     elif backend is Backend.TRITON and scoring == Scoring(scoring.scale):
         kernel = load_kernel("paged_attention")

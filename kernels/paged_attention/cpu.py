@@ -8,15 +8,6 @@ from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.native import extension
 from qserve.kernels.paged_attention.scoring import Scoring
 
-HEAD_DIM_MULTIPLE = 16
-"""Heads are walked in vectors of 16 lanes; other widths run on the reference."""
-
-
-def can_attend(kv: LayerCache, scoring: Scoring) -> bool:
-    """Whether the native kernel has this cache and scoring; the reference has all."""
-    plain = (scoring.window, scoring.soft_cap, scoring.sinks) == (None, None, None)
-    return kv.handle is not None and plain and kv.head_dim % HEAD_DIM_MULTIPLE == 0
-
 
 def paged_attention(
     q: torch.Tensor,
@@ -40,6 +31,9 @@ def paged_attention(
         cu_seqlens_q.data_ptr(),
         context_lens.shape[0],
         scoring.scale,
+        scoring.window or 0,
+        scoring.soft_cap or 0.0,
+        0 if scoring.sinks is None else scoring.sinks.data_ptr(),
         out.data_ptr(),
         out.stride()[0],
     )

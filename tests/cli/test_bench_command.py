@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qserve.cli.errors import ExitCode
+from qserve.kernels import native
 from qserve.serve.config import EngineConfig, KVDtype
 from qserve.serve.engine_benchmark import EngineFigures
 
@@ -44,6 +45,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+@pytest.fixture
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds that take no time, and are wrong."""
+    monkeypatch.setattr("qserve.kernels.machine_bounds.PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr("qserve.kernels.machine_bounds.PROBE_STEPS", 4)
+    monkeypatch.setattr("qserve.kernels.machine_bounds.SECONDS", 0.0)
+
+
 def test_the_figures_of_the_engine_come_as_json(
     qserve: Callable[..., Any], asked: list[Any], tmp_path: Path
 ) -> None:
@@ -72,3 +81,47 @@ def test_a_model_whose_context_is_too_short_is_refused(
 ) -> None:
     error = qserve("bench", "engine", tiny_llama).error
     assert "1089" in error and "512" in error
+
+
+def test_kernels_are_measured_beside_the_bounds_of_the_machine(
+    qserve: Callable[..., Any], small_probe: None
+) -> None:
+    options = ("--op", "rms_norm", "--shape", "1 rows", "--seconds", "0", "--json")
+    done = qserve("bench", "kernels", *options)
+    assert done.code == ExitCode.OK
+    found = json.loads(done.out)
+    assert found["machine"]["isa"] in native.supported_isas()
+    assert set(found["bounds"]) == {"read_gb_s", "int8_gmac_s", "float_gmac_s"}
+    (row,) = found["rows"]
+    assert (row["op"], row["shape"]) == ("rms_norm", "hidden 576, 1 rows")
+    assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+
+
+def test_the_table_of_kernels_has_the_chosen_instruction_set(
+    qserve: Callable[..., Any], small_probe: None
+) -> None:
+    before = native.isa()
+    options = ("--op", "rms_norm", "--op", "layer_norm", "--shape", "8 rows", "--seconds", "0")
+    try:
+        done = qserve("bench", "kernels", *options, "--isa", "portable")
+    finally:
+        native.select_isa(before)
+    assert "isa portable" in done.out
+    for word in ("layer_norm", "rms_norm", "GB/s read", "share"):
+        assert word in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--op", "matmul"), "int4_matmul"),
+        (("--shape", "no such shape"), "'no such shape'"),
+        (("--isa", "mmx"), "portable"),
+        (("--device", "cuda"), "qserve doctor"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    qserve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, options: Any, part: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert part in qserve("bench", "kernels", *options).error

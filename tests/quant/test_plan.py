@@ -11,7 +11,7 @@ import pytest
 from qserve.quant.decoder import Decoder
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import QuantizeOptions
+from qserve.quant.options import Method, QuantizeOptions
 from qserve.quant.plan import Plan, make_plan
 
 MakeLlama = Callable[..., Path]
@@ -62,6 +62,15 @@ def test_shapes_that_the_format_cannot_hold_stay_in_16_bits(make_tiny_llama: Mak
     assert plan.group_size == 64  # of what is left
 
 
+def test_a_group_size_that_the_format_does_not_have_is_refused_with_those_it_has(
+    tiny_llama: Path,
+) -> None:
+    with pytest.raises(OptionError, match="group size 48: this method takes 128 or 64 or 32"):
+        plan_for(tiny_llama, group_size=48)
+    assert plan_for(tiny_llama, method=Method.GPTQ, group_size=-1).group_in(144) == 144
+    assert plan_for(tiny_llama, method=Method.NF4).group_size == 64
+
+
 def test_an_ignore_that_matches_nothing_is_a_mistake(tiny_llama: Path) -> None:
     with pytest.raises(OptionError, match=r"'lm_heads' matches no linear layer"):
         plan_for(tiny_llama, ignore=("lm_heads",))
@@ -76,7 +85,6 @@ def test_ignoring_everything_is_a_mistake(tiny_llama: Path) -> None:
     ("options", "message"),
     [
         ({"bits": 3}, "bits 3"),
-        ({"group_size": 48}, "group size 48"),
         ({"num_samples": 0}, "num_samples 0"),
         ({"seq_len": 1}, "seq_len 1"),
         ({"max_shard_bytes": 0}, "max_shard_bytes 0"),

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from qserve.quant import rtn
-from qserve.quant.awq import AwqQuantizer
 from qserve.quant.block_result import BlockResult
+from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import CheckpointError
 from qserve.quant.grid import LevelSet
+from qserve.quant.methods import profile_of
 from qserve.quant.options import QuantizeOptions, Rounding
 from qserve.quant.plan import Plan, make_plan
 
@@ -32,7 +33,7 @@ def quantized_block(
 ) -> tuple[Block, BlockResult]:
     """A block after AWQ, and its codes. ``hidden`` becomes its output."""
     block = decoder.block(index, hidden.shape[1])
-    return block, AwqQuantizer(hidden, plan, OPTIONS).quantize_block(block)
+    return block, CalibratedQuantizer(hidden, plan, profile_of(OPTIONS)).quantize_block(block)
 
 
 def test_the_codes_stand_for_the_weights_that_later_layers_saw(
@@ -96,7 +97,7 @@ def test_later_blocks_are_calibrated_on_what_earlier_ones_became(
 ) -> None:
     hidden = hidden_states(decoder)
     chained = hidden.clone()
-    quantizer = AwqQuantizer(chained, plan, OPTIONS)
+    quantizer = CalibratedQuantizer(chained, plan, profile_of(OPTIONS))
     first = decoder.block(0, hidden.shape[1])
     quantizer.quantize_block(first)
     second = quantizer.quantize_block(decoder.block(1, hidden.shape[1]))
@@ -138,7 +139,7 @@ def test_a_model_that_overflows_is_refused_with_the_layer(
     block = decoder.block(0, hidden.shape[1])
     block.linear("self_attn.o_proj").weight.fill_(1e38)
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate_proj receives infinite"):
-        AwqQuantizer(hidden, plan, OPTIONS).quantize_block(block)
+        CalibratedQuantizer(hidden, plan, profile_of(OPTIONS)).quantize_block(block)
 
 
 def test_errors_are_fed_back_where_the_text_is_long_enough(
@@ -148,7 +149,7 @@ def test_errors_are_fed_back_where_the_text_is_long_enough(
     nearest = quantized_block(decoder, plan, hidden.clone())[1]
     block = decoder.block(0, hidden.shape[1])
     options = replace(OPTIONS, rounding=Rounding.FEEDBACK)
-    feedback = AwqQuantizer(hidden, plan, options).quantize_block(block)
+    feedback = CalibratedQuantizer(hidden, plan, profile_of(options)).quantize_block(block)
     for layer, alone in zip(feedback.layers, nearest.layers, strict=True):
         assert alone.rounding == "nearest"
         if layer.in_features == 64:

@@ -1,14 +1,16 @@
-"""Activation-aware quantization, block after block (AWQ: Lin et al. 2023, arXiv 2306.00978).
+"""Quantization that reads text, block after block, for every method that does.
 
 For each block, with the inputs that the quantized blocks before it produce:
 
 1. transform: the block runs in float on a part of the windows, which gives a Gram matrix for each
    stage. The scales of all stages are chosen by them and folded in: the block computes the same.
+   (AWQ: Lin et al. 2023, arXiv 2306.00978; SmoothQuant: Xiao et al. 2022, arXiv 2211.10438.)
 2. the block runs on all windows, stage by stage. What a stage receives gives its Gram matrix; range
    and rounding are chosen by it, and the codes replace the weights before the next stage runs.
+   (GPTQ: Frantar et al. 2022, arXiv 2210.17323.)
 
 All scales are known before anything is rounded, so what a scale is folded into (the value and up
-projections among others) is divided once, in float, and its codes fit its final float16 scales.
+projections among others) is divided once, in float, and its codes fit its final stored scales.
 """
 
 from __future__ import annotations
@@ -17,32 +19,40 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qserve.kernels.activations import Activations, round_activations
 from qserve.quant.architecture import Stage
 from qserve.quant.block_result import BlockResult, QuantizedWeight
 from qserve.quant.codes import choose_codes
 from qserve.quant.decoder import Block, ScratchMemory
 from qserve.quant.errors import CheckpointError
 from qserve.quant.folding import fold_, settle_, sharing_of
-from qserve.quant.grid import LevelSet, grid_over_all, rounding_difference
+from qserve.quant.grid import grid_over_all, rounding_difference
+from qserve.quant.methods import Profile, Transform
 from qserve.quant.objective import GramMatrix, output_errors
-from qserve.quant.options import QuantizeOptions, Rounding
+from qserve.quant.options import Rounding
 from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport, ScaleReport
 from qserve.quant.scaling import ScaleChoice, ScaleSearch
+from qserve.quant.smoothing import SmoothSearch
 
 NUM_TRANSFORM_WINDOWS = 8
 """Windows, of those given, that choose the scales: two exponents need little data."""
+
+NUM_SMOOTHING_TOKENS = 1024
 
 MIN_TOKENS_PER_INPUT = 4
 """Calibration tokens for each input of a layer that error feedback needs: it uses all of the Gram
 matrix, and with fewer tokens it would learn the text by heart. Range and scale need far less."""
 
 
+Search = ScaleSearch | SmoothSearch
+
+
 @dataclass(frozen=True, slots=True)
 class _Transformed:
     """A block whose scales are folded in.
 
-    scales: of each stage that is quantized, as applied. entered, left: hidden states of the
+    scales: of each stage that has one, as applied. entered, left: hidden states of the
     transform windows before and after the float block.
     """
 
@@ -51,31 +61,35 @@ class _Transformed:
     left: torch.Tensor
 
 
-class AwqQuantizer:
+class CalibratedQuantizer:
     """Quantizes the blocks of one model in their order.
 
     hidden: ``[num_windows, seq_len, hidden_size]``, what the first block receives; becomes what the
     quantized model has after the last one.
     """
 
-    def __init__(self, hidden: torch.Tensor, plan: Plan, options: QuantizeOptions) -> None:
+    def __init__(self, hidden: torch.Tensor, plan: Plan, profile: Profile) -> None:
         self._hidden = hidden
         self._plan = plan
-        self._levels = LevelSet(options.bits)
-        self._rounding = options.rounding
+        self._profile = profile
         self._scratch = ScratchMemory()
         self._stride = max(1, hidden.shape[0] // NUM_TRANSFORM_WINDOWS)
 
     def quantize_block(self, block: Block) -> BlockResult:
-        """Codes for every linear layer of the plan in the next block."""
+        """Codes for every linear layer of the plan in the next block.
+
+        Where activations are rounded too, the layers of the block do so from here on.
+        """
         transformed = self._transform_(block)
         settle_(block, self._plan)
+        if self._profile.activations is not None:
+            block.round_inputs_(self._plan.names_in(block), self._profile.activations)
         weights: dict[str, QuantizedWeight] = {}
         layers: list[LayerReport] = []
         for stage, inputs in block.walk_(self._hidden, self._scratch):
             if self._plan.includes(block, stage):
-                scale = transformed.scales[stage.name]
-                gram = _gram_of(block, stage, inputs)
+                scale = transformed.scales.get(stage.name)
+                gram = self._gram_of(block, stage, inputs, self._profile.activations)
                 codes, reports = self._quantize_stage_(block, stage, gram, scale)
                 weights |= codes
                 layers += reports
@@ -85,37 +99,44 @@ class AwqQuantizer:
         """Choose and fold the scales of a float block."""
         left = self._hidden[:: self._stride].clone()
         entered = left.clone()
-        grams = {
-            stage.name: _gram_of(block, stage, inputs)
+        searches: dict[str, Search | None] = {
+            stage.name: self._search(block, stage, inputs)
             for stage, inputs in block.walk_(left, self._scratch)
         }
         scales = {}
         for stage in block.stages:
-            if self._plan.includes(block, stage):
-                weight = torch.cat([block.linear(name).weight for name in stage.linears])
-                search = ScaleSearch(
-                    weight,
-                    grams[stage.name],
-                    self._plan.group_size,
-                    self._levels,
-                    sharing_of(block, stage),
-                )
+            search = searches[stage.name]
+            if search is not None:
                 choice = search.run()
-                applied = fold_(block, stage, choice.scale)
-                scales[stage.name] = replace(choice, scale=applied)
+                scales[stage.name] = replace(choice, scale=fold_(block, stage, choice.scale))
         return _Transformed(scales, entered, left)
 
+    def _search(self, block: Block, stage: Stage, inputs: torch.Tensor) -> Search | None:
+        """What finds the scale of a stage; None for a stage that gets none."""
+        transform, levels = self._profile.transform, self._profile.levels
+        if transform is Transform.NONE or not self._plan.includes(block, stage):
+            return None
+        sharing = sharing_of(block, stage)
+        weight = torch.cat([block.linear(name).weight for name in stage.linears])
+        if transform is Transform.SMOOTH:
+            rows = inputs.flatten(0, 1)
+            sample = rows[:: -(-len(rows) // NUM_SMOOTHING_TOKENS)].clone()
+            return SmoothSearch(weight, sample, levels, sharing)
+        gram = self._gram_of(block, stage, inputs, None)
+        return ScaleSearch(weight, gram, self._plan.group_in(gram.shape[0]), levels, sharing)
+
     def _quantize_stage_(
-        self, block: Block, stage: Stage, gram: torch.Tensor, choice: ScaleChoice
+        self, block: Block, stage: Stage, gram: torch.Tensor, choice: ScaleChoice | None
     ) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
         """Replace the weights of a stage by what their codes stand for."""
         linears = [block.linear(name) for name in stage.linears]
         weight = torch.cat([linear.weight for linear in linears])
         rounding = self._rounding_for(len(gram))
-        quantized = choose_codes(weight, gram, self._plan.group_size, self._levels, rounding)
+        group_size = self._plan.group_in(len(gram))
+        quantized = choose_codes(weight, gram, group_size, self._profile.levels, rounding)
         rounded = quantized.values()
         errors = output_errors(rounded - weight, gram)
-        baseline = output_errors(self._unscaled_difference(weight, choice.scale), gram)
+        baseline = output_errors(self._unscaled_difference(weight, group_size, choice), gram)
         energies = output_errors(weight, gram)
         clipped = quantized.clipped(weight)
         sizes = [linear.out_features for linear in linears]
@@ -135,7 +156,7 @@ class AwqQuantizer:
                     rounded_error=float(baseline[rows].sum()) / energy,
                     error=float(errors[rows].sum()) / energy,
                     clipped_share=float(clipped[rows].float().mean()),
-                    scale=_scale_report(choice),
+                    scale=None if choice is None else _scale_report(choice),
                     rounding=rounding.value,
                 )
             )
@@ -145,12 +166,15 @@ class AwqQuantizer:
         """The rounding that was asked for, unless there are too few tokens to learn it from."""
         num_tokens = self._hidden.shape[0] * self._hidden.shape[1]
         enough = num_tokens >= MIN_TOKENS_PER_INPUT * num_inputs
-        return self._rounding if enough else Rounding.NEAREST
+        return self._profile.rounding if enough else Rounding.NEAREST
 
-    def _unscaled_difference(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _unscaled_difference(
+        self, weight: torch.Tensor, group_size: int, choice: ScaleChoice | None
+    ) -> torch.Tensor:
         """What rounding to nearest without a scale would do, in the scaled coordinates."""
-        groups = (weight / scale).unflatten(1, (-1, self._plan.group_size))
-        difference = rounding_difference(groups, grid_over_all(groups, self._levels))
+        scale = torch.ones(weight.shape[1]) if choice is None else choice.scale
+        groups = (weight / scale).unflatten(1, (-1, group_size))
+        difference = rounding_difference(groups, grid_over_all(groups, self._profile.levels))
         return difference.flatten(1).mul_(scale)
 
     def _block_error(self, transformed: _Transformed) -> float:
@@ -158,19 +182,23 @@ class AwqQuantizer:
         added = transformed.left - transformed.entered
         return float(difference.square().sum() / added.square().sum())
 
+    def _gram_of(
+        self, block: Block, stage: Stage, inputs: torch.Tensor, activations: Activations | None
+    ) -> torch.Tensor:
+        """The Gram matrix of the inputs ``[S, T, K]`` of a stage, added window by window.
 
-def _gram_of(block: Block, stage: Stage, inputs: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of the inputs ``[S, T, K]`` of a stage, added window by window."""
-    gram = GramMatrix(inputs.shape[-1])
-    for window in inputs:
-        gram.add(window)
-    mean = gram.mean()
-    if not bool(torch.isfinite(mean).all()):
-        raise CheckpointError(
-            f"{block.full_name(stage.linears[0])} receives infinite or NaN inputs: the model "
-            "overflows on the calibration text, its weights are damaged"
-        )
-    return mean
+        activations: how the layers of the stage round them.
+        """
+        gram = GramMatrix(inputs.shape[-1])
+        for window in inputs:
+            gram.add(window if activations is None else round_activations(window, activations))
+        mean = gram.mean()
+        if not bool(torch.isfinite(mean).all()):
+            raise CheckpointError(
+                f"{block.full_name(stage.linears[0])} receives infinite or NaN inputs: the model "
+                "overflows on the calibration text, its weights are damaged"
+            )
+        return mean
 
 
 def _scale_report(choice: ScaleChoice) -> ScaleReport:

@@ -1,0 +1,69 @@
+"""The transform step when activations are rounded too: who carries the outliers, inputs or weights.
+
+Inputs divided by ``s`` and weights times ``s`` compute the same function. Activations in int8 have
+one scale a token, so an input that is large for every token costs all the others their precision;
+moved into the weights it costs them theirs (SmoothQuant, Xiao et al. 2022, arXiv 2211.10438, there
+``s = max|x|^a / max|w|^(1 - a)`` with a fixed). Here
+
+    ``s = max|x|^a / max|w|^b``
+
+with both exponents searched on what the rounded layer computes from a sample of the inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.kernels.activations import Activations, round_activations
+from qserve.quant.grid import LevelSet, grid_over_all, rounding_difference
+from qserve.quant.scaling import HeadSharing, ScaleChoice, scale_from_logs
+
+INPUT_EXPONENTS = tuple(i / 10 for i in range(11))
+WEIGHT_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+NUM_ROWS = 256
+"""Evenly spread outputs that judge a candidate."""
+
+
+class SmoothSearch:
+    """Finds the scale of one stage.
+
+    weight: ``[N, K]``, the linear layers of the stage one after the other. inputs: a sample of what
+    they receive, ``[T, K]``.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        inputs: torch.Tensor,
+        levels: LevelSet,
+        sharing: HeadSharing | None,
+    ) -> None:
+        self._weight = weight[:: -(-len(weight) // NUM_ROWS)].contiguous()
+        self._inputs = inputs
+        self._levels = levels
+        self._sharing = sharing
+        self._expected = inputs @ self._weight.T
+        floor = torch.finfo(torch.float32).tiny
+        self._log_inputs = inputs.abs().amax(0).clamp(min=floor).log()
+        self._log_weights = weight.abs().amax(0).clamp(min=floor).log()
+
+    def run(self) -> ScaleChoice:
+        """The best candidate, or no scaling."""
+        points = [(a, b) for b in WEIGHT_EXPONENTS for a in INPUT_EXPONENTS]
+        errors = {point: self._error(self.scale_at(*point)) for point in points}
+        best = min(errors, key=errors.__getitem__)  # the first of equals: no scaling
+        return ScaleChoice(self.scale_at(*best), *best, errors[best], errors[points[0]])
+
+    def scale_at(self, input_exponent: float, weight_exponent: float) -> torch.Tensor:
+        """``max|x|^a / max|w|^b``, shared where it must be."""
+        logs = input_exponent * self._log_inputs - weight_exponent * self._log_weights
+        return scale_from_logs(logs, self._sharing)
+
+    def _error(self, scale: torch.Tensor) -> float:
+        rows = self._weight * scale
+        groups = rows[:, None]
+        difference = rounding_difference(groups, grid_over_all(groups, self._levels))
+        rounded = rows + difference[:, 0]
+        found = round_activations(self._inputs / scale, Activations.INT8_TOKEN) @ rounded.T
+        return float((found - self._expected).square().sum())
