@@ -7,13 +7,14 @@ namespace qserve {
 namespace {
 
 void run_experts(const ExpertGroup& group, uintptr_t x, bool shared_row, uintptr_t ids, int64_t rows, int64_t top_k,
-                 uintptr_t out, bool quantized) {
+                 uintptr_t out, int64_t out_stride, bool quantized) {
   const ExpertJob job{.x = at<const float>(x),
                       .shared_row = shared_row,
                       .ids = at<const int32_t>(ids),
                       .rows = rows,
                       .top_k = top_k,
                       .out = at<float>(out),
+                      .out_stride = out_stride,
                       .quantized = quantized};
   Program::run_or_note([=, &group] { group.multiply(job); });
 }
@@ -31,9 +32,14 @@ void run_route_tokens(uintptr_t logits, int64_t stride, int64_t rows, int64_t nu
   Program::run_or_note([=] { route_tokens(job); });
 }
 
-void run_combine_experts(uintptr_t x, uintptr_t weights, uintptr_t out, int64_t rows, int64_t count, int64_t width) {
-  const WeightedSumJob job{
-      .x = at<const float>(x), .weights = at<const float>(weights), .out = at<float>(out), .count = count, .width = width};
+void run_combine_experts(uintptr_t x, uintptr_t weights, uintptr_t out, int64_t out_stride, int64_t rows, int64_t count,
+                         int64_t width) {
+  const WeightedSumJob job{.x = at<const float>(x),
+                           .weights = at<const float>(weights),
+                           .out = at<float>(out),
+                           .out_stride = out_stride,
+                           .count = count,
+                           .width = width};
   Program::run_or_note([=] { combine_experts(job, rows); });
 }
 

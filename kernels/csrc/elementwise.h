@@ -64,7 +64,7 @@ void weighted_sum(const WeightedSumJob& job, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const float* x = job.x + row * job.count * job.width;
     const float* weights = job.weights + row * job.count;
-    float* out = job.out + row * job.width;
+    float* out = job.out + row * job.out_stride;
     for (int64_t i = 0; i < job.width; i += W) {
       const int count = job.width - i < W ? int(job.width - i) : W;
       F sum = zero();

@@ -65,12 +65,12 @@ void group_places(const int32_t* ids, int64_t count, int64_t num_experts, const 
 // Outputs to the places that their rows came from.
 class ScatteredRows final : public OutputSink {
  public:
-  ScatteredRows(const int32_t* places, float* out, int64_t width)
-      : OutputSink(std::numeric_limits<int64_t>::max()), places_(places), out_(out), width_(width) {}
+  ScatteredRows(const int32_t* places, float* out, int64_t stride)
+      : OutputSink(std::numeric_limits<int64_t>::max()), places_(places), out_(out), stride_(stride) {}
 
   void take(const OutputPiece& piece) override {
     for (int64_t i = 0; i < piece.num_rows; ++i) {
-      float* to = out_ + places_[piece.row + i] * width_ + piece.column;
+      float* to = out_ + places_[piece.row + i] * stride_ + piece.column;
       std::memcpy(to, piece.values + i * piece.stride, piece.num_columns * sizeof(float));
     }
   }
@@ -78,7 +78,7 @@ class ScatteredRows final : public OutputSink {
  private:
   const int32_t* places_;
   float* out_;
-  int64_t width_;
+  int64_t stride_;
 };
 
 }  // namespace
@@ -92,7 +92,7 @@ void route_tokens(const RoutingJob& job) {
 void ExpertGroup::multiply(const ExpertJob& job) const {
   if (experts_.empty()) throw std::invalid_argument("a group without experts cannot multiply");
   const int64_t count = job.rows * job.top_k, num_experts = int64_t(experts_.size());
-  const int64_t k = experts_.front()->in_features(), n = experts_.front()->out_features();
+  const int64_t k = experts_.front()->in_features();
   const int64_t room = std::min(kRowsTogether, count);
   Pieces pieces(scratch(ScratchUse::kOp, Pieces::size<int32_t>(num_experts + 1) + Pieces::size<int32_t>(count) +
                                              Pieces::size<float>(room * k)));
@@ -106,8 +106,8 @@ void ExpertGroup::multiply(const ExpertJob& job) const {
       Product product{.x = gathered, .x_stride = k, .rows = std::min(room, end - begin), .quantized = job.quantized};
       if (product.rows == 1) {
         product.x = row_at(*places);
-        product.out = job.out + *places * n;
-        product.out_stride = n;
+        product.out = job.out + *places * job.out_stride;
+        product.out_stride = job.out_stride;
         experts_[e]->multiply(product);
         continue;
       }
@@ -117,7 +117,7 @@ void ExpertGroup::multiply(const ExpertJob& job) const {
         for (int64_t i = task * rows_per_task; i < last; ++i)
           std::memcpy(gathered + i * k, row_at(places[i]), k * sizeof(float));
       });
-      ScatteredRows sink(places, job.out, n);
+      ScatteredRows sink(places, job.out, job.out_stride);
       product.sink = &sink;
       experts_[e]->multiply(product);
     }

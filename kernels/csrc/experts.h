@@ -30,6 +30,7 @@ struct ExpertJob {
   int64_t rows;
   int64_t top_k;
   float* out;
+  int64_t out_stride;  // from a row to the next, of all rows * top_k
   bool quantized;
 };
 

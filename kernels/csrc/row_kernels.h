@@ -49,6 +49,7 @@ struct WeightedSumJob {
   const float* x;
   const float* weights;
   float* out;
+  int64_t out_stride;
   int64_t count;
   int64_t width;
 };

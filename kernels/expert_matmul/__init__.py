@@ -11,9 +11,18 @@ import torch
 from qserve.kernels.activations import Activations
 from qserve.kernels.backend import Backend, choose
 from qserve.kernels.expert_matmul import cpu, reference
-from qserve.kernels.linear_weight import NeutralWeight, prepare_linear, shape_of
+from qserve.kernels.linear_weight import NeutralWeight, prepare_linear
+from qserve.kernels.packed_weight import PackedWeight
+from qserve.kernels.rows import check_output, check_rows
 
-__all__ = ["ExpertWeights", "combine_experts", "expert_matmul", "prepare", "route_tokens"]
+__all__ = [
+    "ExpertWeights",
+    "combine_experts",
+    "expert_matmul",
+    "group_experts",
+    "prepare",
+    "route_tokens",
+]
 
 CPU = torch.device("cpu")
 
@@ -39,20 +48,24 @@ def prepare(experts: Sequence[NeutralWeight], device: torch.device = CPU) -> Exp
 
     Raises ``ValueError`` for none and for shapes that differ, and what ``prepare_linear`` raises.
     """
-    shapes = {shape_of(expert) for expert in experts}
+    return group_experts([prepare_linear(expert, device) for expert in experts])
+
+
+def group_experts(experts: Sequence[PackedWeight]) -> ExpertWeights:
+    """Weights that are packed already, all of one shape, as the experts of one layer."""
+    shapes = {(expert.out_features, expert.in_features) for expert in experts}
     if len(shapes) != 1:
         raise ValueError(f"experts have shapes {sorted(shapes)}, expected one for all, and experts")
     out_features, in_features = shapes.pop()
-    packed = tuple(prepare_linear(expert, device) for expert in experts)
-    native = [weight.native for weight in packed if weight.native is not None]
-    is_native = len(native) == len(packed)
+    native = [weight.native for weight in experts if weight.native is not None]
+    is_native = len(native) == len(experts)
     return ExpertWeights(
         num_experts=len(experts),
         in_features=in_features,
         out_features=out_features,
-        nbytes=sum(weight.nbytes for weight in packed),
+        nbytes=sum(weight.nbytes for weight in experts),
         backend=Backend.CPU if is_native else Backend.REFERENCE,
-        layout=cpu.group(native) if is_native else packed,
+        layout=cpu.group(native) if is_native else tuple(experts),
     )
 
 
@@ -68,10 +81,10 @@ def expert_matmul(
 
     x: ``[M, K]``, a row for all its experts, or ``[M, top_k, K]``, one for each; contiguous,
     float32 on a CPU. ``a`` is ``x`` or ``x`` rounded, as in ``int4_matmul``. expert_ids: int32
-    ``[M, top_k]``, contiguous. out: ``[M, top_k, N]``, contiguous, written and returned; must not
-    overlap ``x``. A row of the result does not depend on the other rows, to the bit: it is that of
-    the product with the expert alone. Raises ``ValueError`` for shapes and experts that are not
-    there, ``TypeError`` for dtypes that do not fit.
+    ``[M, top_k]``, contiguous. out: ``[M, top_k, N]``, written and returned; columns of a wider
+    contiguous tensor will do; must not overlap ``x``. A row of the result does not depend on the
+    other rows, to the bit: it is that of the product with the expert alone. Raises ``ValueError``
+    for shapes and experts that are not there, ``TypeError`` for dtypes that do not fit.
     """
     out = _check(x, experts, expert_ids, out)
     run = cpu.expert_matmul if experts.backend is Backend.CPU else reference.expert_matmul
@@ -85,16 +98,16 @@ def combine_experts(
     """``z[m, h] = sum_j weights[m, j] * y[m, j, h]``, summed in the order of ``j`` in float32.
 
     y: ``[M, top_k, H]``, contiguous, float32 on a CPU. weights: float32 ``[M, top_k]``, contiguous.
-    out: ``[M, H]``, contiguous, written and returned; must not overlap ``y``. Raises ``ValueError``
-    for shapes and ``TypeError`` for dtypes that do not fit.
+    out: ``[M, H]`` with contiguous rows, written and returned; must not overlap ``y``. Raises
+    ``ValueError`` for shapes and ``TypeError`` for dtypes that do not fit.
     """
     if y.dim() != 3 or weights.shape != y.shape[:2]:
         raise ValueError(
             f"y {tuple(y.shape)} does not fit weights {tuple(weights.shape)}: expected "
             "[M, top_k, H] and [M, top_k]"
         )
-    out = _check_out("out", (y.shape[0], y.shape[2]), y, out)
     _check_dense("y", y)
+    out = check_output(y[:, 0], y.shape[2], out)
     if weights.dtype is not torch.float32 or not weights.is_contiguous():
         raise TypeError(f"weights are {weights.dtype}, expected contiguous float32")
     run = cpu.combine_experts if _is_native(y) else reference.combine_experts
@@ -117,12 +130,9 @@ def route_tokens(
     contiguous, written and returned. Raises ``ValueError`` for a ``top_k`` outside of
     1..num_experts and for shapes, ``TypeError`` for dtypes that do not fit.
     """
-    if logits.dim() != 2 or not 1 <= top_k <= logits.shape[1]:
-        raise ValueError(
-            f"{top_k} experts of logits {tuple(logits.shape)}: expected [M, num_experts], and at "
-            "most all experts"
-        )
-    _check_dense("logits", logits)
+    check_rows("logits", logits, logits.shape[-1])
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"{top_k} experts are asked for, expected 1 to {logits.shape[1]}")
     shape = (logits.shape[0], top_k)
     ids, weights = (
         out
@@ -159,7 +169,18 @@ def _check(
     if tuple(x.shape) not in accepted:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected {accepted[0]} or {accepted[1]}")
     _check_dense("x", x)
-    return _check_out("out", (num_rows, top_k, experts.out_features), x, out)
+    shape = (num_rows, top_k, experts.out_features)
+    if out is None:
+        return x.new_empty(shape)
+    distance = out.stride(1) if out.dim() == len(shape) else 0
+    if out.shape != shape or out.stride() != (top_k * distance, distance, 1):
+        raise ValueError(
+            f"out has shape {tuple(out.shape)} and strides {out.stride()}, expected {shape} with "
+            "contiguous rows, all equally far from the next"
+        )
+    if out.dtype is not x.dtype:
+        raise TypeError(f"out is {out.dtype}, expected {x.dtype}")
+    return out
 
 
 def _check_dense(name: str, x: torch.Tensor) -> None:
@@ -167,15 +188,3 @@ def _check_dense(name: str, x: torch.Tensor) -> None:
         raise ValueError(f"{name} has strides {x.stride()}, expected contiguous memory")
     if x.dtype is not torch.float32 and (x.is_cpu or not x.is_floating_point()):
         raise TypeError(f"{name} is {x.dtype}, expected float32 on a CPU, a float elsewhere")
-
-
-def _check_out(
-    name: str, shape: tuple[int, ...], like: torch.Tensor, out: torch.Tensor | None
-) -> torch.Tensor:
-    if out is None:
-        return like.new_empty(shape)
-    if out.shape != shape or not out.is_contiguous():
-        raise ValueError(f"{name} has shape {tuple(out.shape)}, expected contiguous {shape}")
-    if out.dtype is not like.dtype:
-        raise TypeError(f"{name} is {out.dtype}, expected {like.dtype}")
-    return out

@@ -37,13 +37,16 @@ def expert_matmul(
         expert_ids.shape[0],
         expert_ids.shape[1],
         out.data_ptr(),
+        out.stride()[1],
         quantized,
     )
 
 
 def combine_experts(y: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:
     """Writes the weighted sums over the experts to ``out``."""
-    extension().combine_experts(y.data_ptr(), weights.data_ptr(), out.data_ptr(), *y.shape)
+    extension().combine_experts(
+        y.data_ptr(), weights.data_ptr(), out.data_ptr(), out.stride()[0], *y.shape
+    )
 
 
 def route_tokens(

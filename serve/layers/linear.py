@@ -15,29 +15,31 @@ class Linear:
     Several weights are outputs side by side, ``[y0 | y1 | ...]``: layers of one input whose formats
     differ and that therefore could not be joined into one weight.
 
-    is_native: a call is ``num_parts`` calls of native kernels and nothing else.
+    weights: the parts, in order. activations: input of the quantized matmuls. is_native: a call is
+    ``num_parts`` calls of native kernels and nothing else.
     """
 
     __slots__ = (
-        "_activations",
         "_parts",
+        "activations",
         "in_features",
         "is_native",
         "nbytes",
         "num_parts",
         "out_features",
+        "weights",
     )
 
     def __init__(
         self, weights: list[PackedWeight], activations: Activations = Activations.FLOAT32
     ) -> None:
-        """activations: input of the quantized matmuls."""
         self.is_native = all(weight.backend is Backend.CPU for weight in weights)
         self.num_parts = len(weights)
         self.in_features = weights[0].in_features
         self.out_features = sum(weight.out_features for weight in weights)
         self.nbytes = sum(weight.nbytes for weight in weights)
-        self._activations = activations
+        self.activations = activations
+        self.weights = weights
         self._parts = []
         start = 0
         for weight in weights:
@@ -47,7 +49,7 @@ class Linear:
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """x: ``[num_tokens, in_features]``. out: ``[num_tokens, out_features]``, written."""
         if len(self._parts) == 1:
-            return multiply(x, self._parts[0][0], out=out, activations=self._activations)
+            return multiply(x, self._parts[0][0], out=out, activations=self.activations)
         for weight, columns in self._parts:
-            multiply(x, weight, out=out[:, columns], activations=self._activations)
+            multiply(x, weight, out=out[:, columns], activations=self.activations)
         return out

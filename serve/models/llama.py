@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from qserve.kernels.gated_activation import gated_activation
 from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.kv_store import rope_and_store, rope_table
 from qserve.kernels.paged_attention import Scoring, paged_attention
 from qserve.kernels.rms_norm import rms_norm
 from qserve.serve.batch import Batch
+from qserve.serve.layers.feed_forward import FeedForward, Workspace
 from qserve.serve.layers.linear import Linear
 from qserve.serve.models.llama_config import LlamaConfig
+from qserve.serve.models.mixtral import read_feed_forward
 from qserve.serve.weights import WeightReader
 
 
@@ -28,18 +29,18 @@ class Buffers:
     qkv: torch.Tensor  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
     q: torch.Tensor  # [num_tokens, num_heads * head_dim], a view into qkv
     attended: torch.Tensor  # [num_tokens, num_heads * head_dim]
-    gate_up: torch.Tensor  # [num_tokens, 2 * intermediate_size]
-    activated: torch.Tensor  # [num_tokens, intermediate_size]
 
 
 class LlamaLayer:
     """Attention and feed-forward of one layer, each with its norm before it."""
 
-    def __init__(self, config: LlamaConfig, weights: WeightReader, name: str) -> None:
-        hidden, inner = config.hidden_size, config.intermediate_size
+    def __init__(
+        self, config: LlamaConfig, weights: WeightReader, index: int, workspace: Workspace
+    ) -> None:
+        name, hidden = f"model.layers.{index}", config.hidden_size
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        attention = f"{name}.self_attn"
         self.eps = config.rms_norm_eps
         self.scoring = Scoring(config.head_dim**-0.5)
         self.input_norm = weights.norm(f"{name}.input_layernorm", hidden)
@@ -51,10 +52,12 @@ class LlamaLayer:
         )
         self.o = weights.linear(f"{attention}.o_proj", shape=(hidden, q_size))
         self.post_norm = weights.norm(f"{name}.post_attention_layernorm", hidden)
-        self.gate_up = weights.linear(
-            f"{mlp}.gate_proj", f"{mlp}.up_proj", shape=(2 * inner, hidden)
-        )
-        self.down = weights.linear(f"{mlp}.down_proj", shape=(hidden, inner))
+        self.feed_forward = read_feed_forward(config, weights, index, workspace)
+
+    @property
+    def num_kernels(self) -> int:
+        """Native calls of ``forward``: rotation, attention, a norm, and those of the parts."""
+        return 3 + self.qkv.num_parts + self.o.num_parts + self.feed_forward.num_kernels
 
     def forward(self, b: Buffers, kv: LayerCache, cos_sin: torch.Tensor, batch: Batch) -> None:
         """Read ``b.normed``, the normed residual; leave what to add to it in ``b.update``."""
@@ -71,9 +74,7 @@ class LlamaLayer:
         )
         self.o(b.attended, b.update)
         rms_norm(b.update, self.post_norm, self.eps, residual=b.residual, out=b.normed)
-        self.gate_up(b.normed, b.gate_up)
-        gated_activation(b.gate_up, out=b.activated)
-        self.down(b.activated, b.update)
+        self.feed_forward(b.normed, b.update)
 
 
 class LlamaModel:
@@ -94,9 +95,8 @@ class LlamaModel:
         shape = (config.vocab_size, config.hidden_size)
         self.config = config
         self.embedding = weights.embedding("model.embed_tokens", shape)
-        self.layers = [
-            LlamaLayer(config, weights, f"model.layers.{i}") for i in range(config.num_layers)
-        ]
+        workspace = Workspace(max_num_tokens)
+        self.layers = [LlamaLayer(config, weights, i, workspace) for i in range(config.num_layers)]
         self.norm = weights.norm("model.norm", config.hidden_size)
         head = "model.embed_tokens" if config.tie_embeddings else "lm_head"
         self.head = weights.head(head, shape)
@@ -111,21 +111,18 @@ class LlamaModel:
     @property
     def is_native(self) -> bool:
         """Whether ``compute`` calls nothing but native kernels when every row is sampled."""
-        return all(linear.is_native for linear in self._linears())
+        return all(part.is_native for part in self._parts())
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of the linear layers, which every step reads in full."""
-        return sum(linear.nbytes for linear in self._linears())
+        """Memory of the linear layers that a step of one token reads."""
+        return sum(part.nbytes for part in self._parts())
 
     @property
     def num_kernels(self) -> int:
         """Native calls of ``compute`` when every row is sampled."""
-        layer = self.layers[0]
-        linears = (layer.qkv, layer.o, layer.gate_up, layer.down)
-        others = 5  # two norms, rotation, attention, activation
-        per_layer = others + sum(linear.num_parts for linear in linears)
-        return len(self.layers) * per_layer + 1 + self.head.num_parts
+        norms = len(self.layers) + 1  # before each layer and before the head
+        return norms + sum(layer.num_kernels for layer in self.layers) + self.head.num_parts
 
     def embed(self, token_ids: torch.Tensor) -> None:
         """Begin a step: the rows of the tokens become the residual stream."""
@@ -161,13 +158,9 @@ class LlamaModel:
         """The logits that the last ``compute`` left: float32 ``[num_samples, vocab_size]``."""
         return self._logits[:num_samples]
 
-    def _linears(self) -> list[Linear]:
-        linears = [
-            linear
-            for layer in self.layers
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        ]
-        return [*linears, self.head]
+    def _parts(self) -> list[Linear | FeedForward]:
+        parts = [part for layer in self.layers for part in (layer.qkv, layer.o, layer.feed_forward)]
+        return [*parts, self.head]
 
     def _allocate(self, num_tokens: int) -> Buffers:
         config = self.config
@@ -182,8 +175,6 @@ class LlamaModel:
             qkv=qkv,
             q=qkv[:, :q_size],
             attended=torch.empty(num_tokens, q_size),
-            gate_up=torch.empty(num_tokens, 2 * config.intermediate_size),
-            activated=torch.empty(num_tokens, config.intermediate_size),
         )
 
     def _rows(self, num_tokens: int) -> Buffers:

@@ -8,8 +8,14 @@ from typing import Any
 
 from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, RopeScaling
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
+from qserve.serve.models.mixture_config import MixtureConfig, read_mixture
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2MoeForCausalLM",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,7 @@ class LlamaConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tie_embeddings: bool
+    mixture: MixtureConfig | None = None
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any], architecture: str) -> LlamaConfig:
@@ -50,6 +57,7 @@ class LlamaConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            mixture=read_mixture(config, architecture),
         )
 
 
@@ -58,7 +66,7 @@ def _check_architecture(config: Mapping[str, Any], architecture: str) -> None:
         raise UnsupportedModelError(
             f"{architecture} cannot be served: expected one of {', '.join(ARCHITECTURES)}"
         )
-    window = config.get("sliding_window")
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window is not None and window < _positive(config, "max_position_embeddings"):
         raise UnsupportedModelError(
             f"{architecture} with a sliding window of {window} tokens cannot be served: only full "

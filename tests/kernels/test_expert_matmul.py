@@ -87,6 +87,10 @@ def test_every_row_has_the_bits_of_the_product_with_its_expert_alone(
         for activations in (Activations.INT8, Activations.FLOAT32, Activations.INT8_TOKEN):
             y = expert_matmul(x, packed, ids, activations=activations)
             assert torch.equal(y, one_by_one(x, experts, ids, activations))
+            wide = torch.zeros(rows, top_k, num_outputs + 5)
+            expert_matmul(x, packed, ids, out=wide[..., 2:-3], activations=activations)
+            assert torch.equal(wide[..., 2:-3], y)
+            assert not wide[..., :2].any() and not wide[..., -3:].any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

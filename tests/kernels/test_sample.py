@@ -36,7 +36,7 @@ def batch(uniforms: torch.Tensor, **settings: Any) -> SamplingBatch:
         name: torch.full((rows,), value, dtype=torch.int32 if name == "top_k" else torch.float32)
         for name, value in (OFF | settings).items()
     }
-    return SamplingBatch(uniforms=uniforms.double(), **vectors)
+    return SamplingBatch(uniforms=uniforms.double(), adjustments=None, **vectors)
 
 
 def adjusted(*entries: tuple[int, float, int]) -> TokenAdjustments:

@@ -1,0 +1,66 @@
+"""The feed-forward part of a layer: a gated pair of linear layers, and one back."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from qserve.kernels.gated_activation import gated_activation
+from qserve.serve.layers.linear import Linear
+
+
+class FeedForward(Protocol):
+    """What stands between the second norm of a layer and the residual stream.
+
+    is_native: a call is ``num_kernels`` calls of native kernels and nothing else. nbytes: memory of
+    the weights that one token reads.
+    """
+
+    is_native: bool
+    num_kernels: int
+    nbytes: int
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x: ``[num_tokens, hidden_size]``, normed. out: of that shape, written."""
+
+
+class Workspace:
+    """Memory for what the layers of a model compute in between; each uses it in turn.
+
+    num_tokens: rows of a step at most. Two things of one name are one memory.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def get(self, name: str, *row: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """``[num_tokens, *row]``, the same for the same name."""
+        shape = (self._num_tokens, *row)
+        if name not in self._memory:
+            self._memory[name] = torch.empty(shape, dtype=dtype)
+        found = self._memory[name]
+        assert found.shape == shape and found.dtype is dtype, name
+        return found
+
+
+class GatedFeedForward:
+    """``down(silu(gate(x)) * up(x))``; gate and up are the outputs of one layer, side by side."""
+
+    def __init__(self, gate_up: Linear, down: Linear, workspace: Workspace) -> None:
+        self.is_native = gate_up.is_native and down.is_native
+        self.num_kernels = gate_up.num_parts + 1 + down.num_parts
+        self.nbytes = gate_up.nbytes + down.nbytes
+        self._gate_up = gate_up
+        self._down = down
+        inner = down.in_features
+        self._halves = workspace.get(f"gate and up of {inner}", 2 * inner)
+        self._activated = workspace.get(f"activated {inner}", inner)
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """See ``FeedForward``."""
+        halves, activated = self._halves[: x.size(0)], self._activated[: x.size(0)]
+        self._gate_up(x, halves)
+        gated_activation(halves, out=activated)
+        self._down(activated, out)
