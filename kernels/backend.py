@@ -19,6 +19,7 @@ OPS = (
     "expert_matmul",
     "float8_matmul",
     "gated_activation",
+    "head_norm",
     "int4_matmul",
     "int8_matmul",
     "kv_store",
@@ -28,6 +29,7 @@ OPS = (
     "rms_norm",
     "rms_norm_int8",
     "sample",
+    "soft_cap",
 )
 
 

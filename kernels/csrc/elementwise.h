@@ -1,4 +1,4 @@
-// The gated activations, and the sum over the experts of a row.
+// The gated activations, soft caps, and the sum over the experts of a row.
 #pragma once
 
 #include "row_kernels.h"
@@ -57,6 +57,23 @@ void gated_activation(const GateJob& job, int64_t begin, int64_t end) {
       return gate_rows<Gate::kGelu>(job, begin, end);
     case Gate::kGeluTanh:
       return gate_rows<Gate::kGeluTanh>(job, begin, end);
+  }
+}
+
+// (1 - e^(-2 u)) / (1 + e^(-2 u)); further out than 10 it is 1. A NaN stays one: min and max give their second operand then.
+QSERVE_INLINE F tanh(F u) {
+  const F decay = exp(mul(max(set1(-10.0f), min(set1(10.0f), u)), set1(-2.0f)));
+  return div(sub(set1(1.0f), decay), add(set1(1.0f), decay));
+}
+
+void soft_cap(const SoftCapJob& job, int64_t begin, int64_t end) {
+  const F cap = set1(job.cap), inverse = set1(1.0f / job.cap);
+  for (int64_t row = begin; row < end; ++row) {
+    for (int64_t i = 0; i < job.width; i += W) {
+      const int count = job.width - i < W ? int(job.width - i) : W;
+      const F x = load_part(job.x + row * job.x_stride + i, count);
+      store_part(job.out + row * job.out_stride + i, mul(cap, tanh(mul(x, inverse))), count);
+    }
   }
 }
 

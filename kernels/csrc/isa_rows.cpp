@@ -11,6 +11,7 @@ const RowKernels kRowKernels = {
     .rms_norm_int8 = rms_norm_int8,
     .layer_norm = layer_norm,
     .gated_activation = gated_activation,
+    .soft_cap = soft_cap,
     .weighted_sum = weighted_sum,
     .largest = largest,
     .summarize = summarize,

@@ -44,6 +44,16 @@ struct GateJob {
   Gate gate;
 };
 
+// out = cap * tanh(x / cap)
+struct SoftCapJob {
+  const float* x;
+  int64_t x_stride;
+  float* out;
+  int64_t out_stride;
+  int64_t width;
+  float cap;
+};
+
 // out [rows][width] = sum over j of weights [rows][count] times x [rows][count][width].
 struct WeightedSumJob {
   const float* x;
@@ -72,6 +82,7 @@ struct RowKernels {
   void (*rms_norm_int8)(const RoundedNormJob&, int64_t begin, int64_t end);
   void (*layer_norm)(const LayerNormJob&, int64_t begin, int64_t end);
   void (*gated_activation)(const GateJob&, int64_t begin, int64_t end);
+  void (*soft_cap)(const SoftCapJob&, int64_t begin, int64_t end);
   void (*weighted_sum)(const WeightedSumJob&, int64_t begin, int64_t end);
   float (*largest)(const float* x, int64_t count);  // NaN if one is
   void (*summarize)(const SummaryJob&);
