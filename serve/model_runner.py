@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence as Items
 
 import numpy as np
@@ -24,6 +25,8 @@ from qserve.serve.models.llama import LlamaModel
 from qserve.serve.models.llama_config import LlamaConfig
 from qserve.serve.scheduler import Chunk, Limits
 from qserve.serve.weights import WeightReader
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -62,7 +65,7 @@ class ModelRunner:
         self._caches = allocate_kv_cache(model_config, self.plan, dtype)
         self._batches = BatchBuilder(self.limits, config.block_size)
         self._programs: dict[int, Program] = {}  # by the number of sequences
-        self._records_programs = native.available() and self._model.is_native
+        self._records_programs = native.available()
 
     @property
     def weight_bytes(self) -> int:
@@ -90,7 +93,9 @@ class ModelRunner:
         program = self._programs.get(size)
         if program is None:
             program = Program(lambda: self._model.compute(batch, self._caches))
-            if len(program) != self._model.num_kernels:
+            if program.others:
+                names = ", ".join(sorted(program.others))
+                logger.info("decode steps are not recorded: PyTorch computes %s", names)
                 self._records_programs = False
                 self._model.embed(batch.token_ids)  # what did run has overwritten it
                 return self._model.compute(batch, self._caches)

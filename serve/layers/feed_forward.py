@@ -13,12 +13,9 @@ from qserve.serve.layers.linear import Linear
 class FeedForward(Protocol):
     """What stands between the second norm of a layer and the residual stream.
 
-    is_native: a call is ``num_kernels`` calls of native kernels and nothing else. nbytes: memory of
-    the weights that one token reads.
+    nbytes: memory of the weights that one token reads.
     """
 
-    is_native: bool
-    num_kernels: int
     nbytes: int
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
@@ -49,8 +46,6 @@ class GatedFeedForward:
     """``down(silu(gate(x)) * up(x))``; gate and up are the outputs of one layer, side by side."""
 
     def __init__(self, gate_up: Linear, down: Linear, workspace: Workspace) -> None:
-        self.is_native = gate_up.is_native and down.is_native
-        self.num_kernels = gate_up.num_parts + 1 + down.num_parts
         self.nbytes = gate_up.nbytes + down.nbytes
         self._gate_up = gate_up
         self._down = down

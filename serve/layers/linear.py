@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.backend import Backend
 from qserve.kernels.packed_weight import PackedWeight, multiply
 
 
@@ -15,17 +14,14 @@ class Linear:
     Several weights are outputs side by side, ``[y0 | y1 | ...]``: layers of one input whose formats
     differ and that therefore could not be joined into one weight.
 
-    weights: the parts, in order. activations: input of the quantized matmuls. is_native: a call is
-    ``num_parts`` calls of native kernels and nothing else.
+    weights: the parts, in order. activations: input of the quantized matmuls.
     """
 
     __slots__ = (
         "_parts",
         "activations",
         "in_features",
-        "is_native",
         "nbytes",
-        "num_parts",
         "out_features",
         "weights",
     )
@@ -33,8 +29,6 @@ class Linear:
     def __init__(
         self, weights: list[PackedWeight], activations: Activations = Activations.FLOAT32
     ) -> None:
-        self.is_native = all(weight.backend is Backend.CPU for weight in weights)
-        self.num_parts = len(weights)
         self.in_features = weights[0].in_features
         self.out_features = sum(weight.out_features for weight in weights)
         self.nbytes = sum(weight.nbytes for weight in weights)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from qserve.kernels.backend import Backend
 from qserve.kernels.expert_matmul import (
     combine_experts,
     expert_matmul,
@@ -27,8 +26,6 @@ class ExpertLinear:
         parts = zip(*(expert.weights for expert in experts), strict=True)
         self._parts = [group_experts(weights) for weights in parts]
         self._activations = experts[0].activations
-        self.is_native = all(part.backend is Backend.CPU for part in self._parts)
-        self.num_parts = len(self._parts)
         self.num_experts = len(experts)
         self.in_features = experts[0].in_features
         self.out_features = experts[0].out_features
@@ -70,11 +67,6 @@ class Mixture:
         renormalize: bool,
         workspace: Workspace,
     ) -> None:
-        self.is_native = (
-            router.is_native and gate_up.is_native and down.is_native and shared is None
-        )
-        # The experts are chosen, activated and combined.
-        self.num_kernels = router.num_parts + gate_up.num_parts + down.num_parts + 3
         all_experts = gate_up.nbytes + down.nbytes
         self.nbytes = router.nbytes + all_experts * top_k // gate_up.num_experts
         if shared is not None:

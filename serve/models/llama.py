@@ -11,8 +11,7 @@ from qserve.kernels.kv_store import rope_and_store, rope_table
 from qserve.kernels.paged_attention import Scoring, paged_attention
 from qserve.kernels.rms_norm import rms_norm
 from qserve.serve.batch import Batch
-from qserve.serve.layers.feed_forward import FeedForward, Workspace
-from qserve.serve.layers.linear import Linear
+from qserve.serve.layers.feed_forward import Workspace
 from qserve.serve.models.llama_config import LlamaConfig
 from qserve.serve.models.mixtral import read_feed_forward
 from qserve.serve.weights import WeightReader
@@ -53,11 +52,6 @@ class LlamaLayer:
         self.o = weights.linear(f"{attention}.o_proj", shape=(hidden, q_size))
         self.post_norm = weights.norm(f"{name}.post_attention_layernorm", hidden)
         self.feed_forward = read_feed_forward(config, weights, index, workspace)
-
-    @property
-    def num_kernels(self) -> int:
-        """Native calls of ``forward``: rotation, attention, a norm, and those of the parts."""
-        return 3 + self.qkv.num_parts + self.o.num_parts + self.feed_forward.num_kernels
 
     def forward(self, b: Buffers, kv: LayerCache, cos_sin: torch.Tensor, batch: Batch) -> None:
         """Read ``b.normed``, the normed residual; leave what to add to it in ``b.update``."""
@@ -109,20 +103,10 @@ class LlamaModel:
         self._logits = torch.empty(max_num_samples, config.vocab_size)
 
     @property
-    def is_native(self) -> bool:
-        """Whether ``compute`` calls nothing but native kernels when every row is sampled."""
-        return all(part.is_native for part in self._parts())
-
-    @property
     def weight_bytes(self) -> int:
         """Memory of the linear layers that a step of one token reads."""
-        return sum(part.nbytes for part in self._parts())
-
-    @property
-    def num_kernels(self) -> int:
-        """Native calls of ``compute`` when every row is sampled."""
-        norms = len(self.layers) + 1  # before each layer and before the head
-        return norms + sum(layer.num_kernels for layer in self.layers) + self.head.num_parts
+        parts = [part for layer in self.layers for part in (layer.qkv, layer.o, layer.feed_forward)]
+        return sum(part.nbytes for part in [*parts, self.head])
 
     def embed(self, token_ids: torch.Tensor) -> None:
         """Begin a step: the rows of the tokens become the residual stream."""
@@ -157,10 +141,6 @@ class LlamaModel:
     def logits(self, num_samples: int) -> torch.Tensor:
         """The logits that the last ``compute`` left: float32 ``[num_samples, vocab_size]``."""
         return self._logits[:num_samples]
-
-    def _parts(self) -> list[Linear | FeedForward]:
-        parts = [part for layer in self.layers for part in (layer.qkv, layer.o, layer.feed_forward)]
-        return [*parts, self.head]
 
     def _allocate(self, num_tokens: int) -> Buffers:
         config = self.config

@@ -28,6 +28,20 @@ def test_recording_runs_nothing_and_running_reads_what_is_there_now() -> None:
         assert torch.equal(activated, expected)
 
 
+def test_what_pytorch_does_while_recording_is_told_and_views_are_not() -> None:
+    x, out = torch.ones(4, 64), torch.zeros(2, 32)
+    rows = torch.arange(32)
+    program = Program(lambda: gated_activation(x[1:3].flatten(1), out=out))
+    assert (len(program), program.others) == (1, frozenset())
+    for body, name in (
+        (lambda: gated_activation(x[:2] + 1, out=out), "aten.add.Tensor"),
+        (lambda: gated_activation(x[:2]), "aten.new_empty.default"),
+        (lambda: out.zero_(), "aten.zero_.default"),
+        (lambda: torch.index_select(x[:2], 1, rows, out=out), "aten.index_select.out"),
+    ):
+        assert name in Program(body).others
+
+
 def test_calls_after_a_recording_run_again() -> None:
     x, out = torch.ones(1, 64), torch.zeros(1, 32)
     assert len(Program(lambda: gated_activation(x, out=out))) == 1
