@@ -23,7 +23,7 @@ from qserve.serve.messages import (
     TokenLogprobs,
 )
 from qserve.serve.model_runner import ModelRunner, read_eos_token_ids
-from qserve.serve.sampler import TokenSampler
+from qserve.serve.sampler import BatchSampler, SamplingError, TokenSampler
 from qserve.serve.scheduler import Chunk, Scheduler
 from qserve.serve.sequence import Sequence
 
@@ -58,6 +58,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._sequences: dict[str, Sequence] = {}
         self._samplers: dict[str, TokenSampler] = {}
+        self._batch_sampler = BatchSampler()
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
 
@@ -133,8 +134,8 @@ class Engine:
         except Exception as error:
             logger.exception("a step with %d requests failed", len(chunks))
             return [self._fail(chunk.sequence, error) for chunk in chunks]
-        rows = iter(logits)
-        return [self._sample(chunk.sequence, next(rows)) for chunk in advance(chunks)]
+        sequences = [chunk.sequence for chunk in advance(chunks)]
+        return self._sample(sequences, logits) if sequences else []
 
     def fail_all(self, error: Exception) -> list[Output]:
         """Give up on every unfinished request."""
@@ -152,13 +153,23 @@ class Engine:
             generation_tokens=self._num_generation_tokens,
         )
 
-    def _sample(self, sequence: Sequence, logits: NDArray[np.float32]) -> Output:
-        """Draw the sequence's next token and finish the request if that was its last."""
+    def _sample(self, sequences: Items[Sequence], logits: NDArray[np.float32]) -> list[Output]:
+        """Draw the next token of each sequence."""
+        samplers = [self._samplers[sequence.request_id] for sequence in sequences]
         try:
-            token, logprobs = self._samplers[sequence.request_id].draw(logits)
+            draws = self._batch_sampler.draw(samplers, logits)
         except Exception as error:
-            logger.exception("sampling failed for request %s", sequence.request_id)
-            return self._fail(sequence, error)
+            logger.exception("sampling failed for %d requests", len(sequences))
+            return [self._fail(sequence, error) for sequence in sequences]
+        return [
+            self._fail(sequence, drawn)
+            if isinstance(drawn, SamplingError)
+            else self._extend(sequence, *drawn)
+            for sequence, drawn in zip(sequences, draws, strict=True)
+        ]
+
+    def _extend(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> NewTokens:
+        """Append a token to a sequence and finish the request if that was its last."""
         if not sequence.num_output_tokens:
             self._num_prompt_tokens += sequence.num_prompt_tokens
         self._num_generation_tokens += 1

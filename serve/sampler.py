@@ -1,21 +1,24 @@
-"""From the logits of one position to the next token of one request."""
+"""From the logits of a step to the next token of every request."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from qserve.kernels.sample import GREEDY_BELOW, SamplingBatch, TokenAdjustments, sample_tokens
 from qserve.serve.errors import ServeError
 from qserve.serve.messages import SamplingParams, TokenLogprobs
+from qserve.serve.token_adjustments import RequestAdjustments
 
 Row = NDArray[np.float32]
 
-GREEDY_BELOW = 1e-5  # a temperature below this divides logits into infinities: argmax is its limit
 NEAR = 10.0  # natural logarithm: what is further below the highest is 20,000 times less likely
-STRETCH = 256
 UINT64 = (1 << 64) - 1
+NUM_SETTINGS = 6
 
 
 class SamplingError(ServeError):
@@ -23,98 +26,129 @@ class SamplingError(ServeError):
 
 
 class TokenSampler:
-    """Draws the tokens of one request, with a random generator and token counts of its own.
+    """What the draws of one request depend on: its settings, a random generator and token counts.
 
-    Nothing here is shared between requests, so a draw cannot depend on what else is in the batch.
-    The steps and their order are those of vLLM's sampler, so that the same request gives the same
-    distribution here and there.
+    Nothing here is shared between requests, and a row of ``sample_tokens`` does not depend on the
+    others, so a draw cannot depend on what else is in the batch.
     """
 
     def __init__(
         self, params: SamplingParams, prompt_token_ids: Iterable[int], end_token_ids: Iterable[int]
     ) -> None:
-        """end_token_ids: tokens that end the request, masked until ``params.min_tokens``."""
-        self._params = params
-        self._greedy = params.temperature < GREEDY_BELOW
-        self._end_token_ids = np.array(sorted(set(end_token_ids)), dtype=np.int64)
-        self._bias_ids = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
-        self._bias = np.array([bias for _, bias in params.logit_bias], dtype=np.float32)
-        self._counts: dict[int, int] = {}  # of the output
-        self._num_output_tokens = 0
-        self._seen = set(prompt_token_ids) if params.repetition_penalty != 1.0 else set()
-        self._counting = (
-            params.repetition_penalty != 1.0
-            or params.frequency_penalty != 0.0
-            or params.presence_penalty != 0.0
+        """end_token_ids: tokens that end the request, forbidden until ``params.min_tokens``."""
+        self.num_logprobs = params.num_logprobs
+        self.top_k = params.top_k
+        self.settings = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
         )
-        self._adjusting = self._counting or bool(params.logit_bias) or params.min_tokens > 0
+        self.adjustments = RequestAdjustments(params, prompt_token_ids, end_token_ids)
+        self._tokens_until_ends = params.min_tokens
         seed = None if params.seed is None else params.seed & UINT64
-        self._random = None if self._greedy else np.random.default_rng(seed)
+        greedy = params.temperature < GREEDY_BELOW
+        self._random = None if greedy else np.random.default_rng(seed)
 
-    def draw(self, logits: Row) -> tuple[int, TokenLogprobs | None]:
-        """The next token, and its logprobs if they were asked for.
+    def next_uniform(self) -> float:
+        """The random number of the next draw, in [0, 1)."""
+        return 0.0 if self._random is None else self._random.random()
 
-        logits: float32 ``[vocab_size]``, overwritten. Raises ``SamplingError`` when the most likely
-        logit is not finite: the model overflowed.
+    def note(self, token: int) -> None:
+        """Count a token that was drawn."""
+        self.adjustments.count(token)
+        if self._tokens_until_ends > 0:
+            self._tokens_until_ends -= 1
+            if not self._tokens_until_ends:
+                self.adjustments.allow_ends()
+
+
+class BatchSampler:
+    """Draws for all requests of a step at once.
+
+    What does not change from step to step is kept as long as the requests are the same.
+    """
+
+    def __init__(self) -> None:
+        self._samplers: list[TokenSampler] = []
+        self._batch = build_batch(())
+
+    def draw(
+        self, samplers: list[TokenSampler], logits: NDArray[np.float32]
+    ) -> list[tuple[int, TokenLogprobs | None] | SamplingError]:
+        """The next token of each request, and its logprobs if they were asked for.
+
+        logits: float32 ``[num_samplers, vocab_size]``, overwritten. A request has a
+        ``SamplingError`` in place of a token when the most likely of its logits is not finite: the
+        model overflowed.
         """
-        best = int(logits.argmax())
-        if not np.isfinite(logits[best]):
-            raise SamplingError(
-                "The model's output is not a number for this request: it overflowed."
-            )
-        num_logprobs = self._params.num_logprobs
-        logprobs = None if num_logprobs is None else log_softmax(logits)
-        if self._adjusting:
-            self._adjust(logits)
-            best = int(logits.argmax())
-        token = best if self._random is None else self._draw_from(logits, self._random)
-        self._num_output_tokens += 1
-        if self._counting:
-            self._counts[token] = self._counts.get(token, 0) + 1
-            self._seen.add(token)
-        if logprobs is None or num_logprobs is None:
-            return token, None
-        top = tuple((int(i), float(logprobs[i])) for i in most_likely(logprobs, num_logprobs))
-        return token, TokenLogprobs(token, float(logprobs[token]), top)
+        with np.errstate(invalid="ignore"):  # of a row that overflowed: nobody sees its logprobs
+            logprobs = [
+                None if sampler.num_logprobs is None else log_softmax(row)
+                for sampler, row in zip(samplers, logits, strict=True)
+            ]
+        tokens = sample_tokens(torch.from_numpy(logits), self._settings_of(samplers)).tolist()
+        return [
+            finish_draw(sampler, token, row)
+            for sampler, token, row in zip(samplers, tokens, logprobs, strict=True)
+        ]
 
-    def _adjust(self, logits: Row) -> None:
-        """Apply what can change the most likely token: end mask, bias, penalties."""
-        params = self._params
-        if self._num_output_tokens < params.min_tokens:
-            logits[self._end_token_ids] = -np.inf
-        if self._bias.size:
-            np.add.at(logits, self._bias_ids, self._bias)
-        if params.repetition_penalty != 1.0:
-            seen = np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))
-            values = logits[seen]
-            penalty = np.float32(params.repetition_penalty)
-            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-        if self._counts and (params.frequency_penalty or params.presence_penalty):
-            tokens = np.fromiter(self._counts, dtype=np.int64, count=len(self._counts))
-            counts = np.fromiter(self._counts.values(), dtype=np.float32, count=len(tokens))
-            logits[tokens] -= params.frequency_penalty * counts + params.presence_penalty
+    def _settings_of(self, samplers: list[TokenSampler]) -> SamplingBatch:
+        """The settings of all requests for their next draws."""
+        if samplers != self._samplers:
+            self._samplers = samplers
+            self._batch = build_batch(samplers)
+        uniforms = self._batch.uniforms.numpy()
+        for row, sampler in enumerate(samplers):
+            uniforms[row] = sampler.next_uniform()
+        adjustments = join_adjustments([sampler.adjustments for sampler in samplers])
+        return self._batch if adjustments is None else replace(self._batch, adjustments=adjustments)
 
-    def _draw_from(self, logits: Row, random: np.random.Generator) -> int:
-        """Temperature, min-p, top-k, top-p, then one draw by inverting the distribution."""
-        params = self._params
-        scaled = logits  # in place: new arrays of this size cost more in page faults than in work
-        scaled /= np.float32(params.temperature)
-        scaled -= scaled.max()
-        tokens: NDArray[np.int64] | None = None  # None: the whole vocabulary, in order
-        if params.min_p > 0.0:
-            tokens = np.flatnonzero(scaled >= np.log(params.min_p))
-        if params.top_k > 0:
-            kept = largest(scaled if tokens is None else scaled[tokens], params.top_k)
-            tokens = kept if tokens is None else tokens[kept]
-        if tokens is not None:
-            scaled = scaled[tokens]
-        weights = np.exp(scaled, out=scaled)
-        if params.top_p < 1.0:
-            kept = nucleus(weights, params.top_p)
-            tokens = kept if tokens is None else tokens[kept]
-            weights = weights[kept]
-        position = invert(weights, random.random())
-        return position if tokens is None else int(tokens[position])
+
+def build_batch(samplers: Sequence[TokenSampler]) -> SamplingBatch:
+    """The settings of all requests; random numbers and adjustments are for each draw to fill in."""
+    rows = [sampler.settings for sampler in samplers]
+    settings = torch.tensor(rows).reshape(-1, NUM_SETTINGS).T.contiguous()
+    temperature, top_p, min_p, repetition, frequency, presence = settings
+    return SamplingBatch(
+        temperature=temperature,
+        top_k=torch.tensor([sampler.top_k for sampler in samplers], dtype=torch.int32),
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        uniforms=torch.zeros(len(samplers), dtype=torch.float64),
+    )
+
+
+def join_adjustments(rows: Sequence[RequestAdjustments]) -> TokenAdjustments | None:
+    """The adjustments of all requests, one after the other; None when there is none."""
+    sizes = [len(row) for row in rows]
+    if not any(sizes):
+        return None
+    return TokenAdjustments(
+        starts=torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)),
+        token_ids=torch.from_numpy(np.concatenate([row.token_ids for row in rows])),
+        biases=torch.from_numpy(np.concatenate([row.biases for row in rows])),
+        counts=torch.from_numpy(np.concatenate([row.counts for row in rows])),
+    )
+
+
+def finish_draw(
+    sampler: TokenSampler, token: int, logprobs: Row | None
+) -> tuple[int, TokenLogprobs | None] | SamplingError:
+    """Note the drawn token, -1 for none, and pick the logprobs that were asked for."""
+    if token < 0:
+        return SamplingError("The model's output is not a number for this request: it overflowed.")
+    sampler.note(token)
+    if logprobs is None or sampler.num_logprobs is None:
+        return token, None
+    best = most_likely(logprobs, sampler.num_logprobs)
+    top = tuple((int(i), float(logprobs[i])) for i in best)
+    return token, TokenLogprobs(token, float(logprobs[token]), top)
 
 
 def log_softmax(logits: Row) -> Row:
@@ -146,39 +180,3 @@ def largest(values: Row, count: int) -> NDArray[np.int64]:
     near = values[positions]
     kept: NDArray[np.int64] = positions[near >= np.partition(near, -count)[-count]]
     return kept
-
-
-def nucleus(weights: Row, top_p: float) -> NDArray[np.int64]:
-    """Positions of the shortest run of ``weights``, largest first, that holds ``top_p`` of the sum.
-
-    weights: the largest is 1. Never empty; of equal weights the first positions are taken. The
-    small weights are sorted only if the large ones do not hold enough, see ``largest``.
-    """
-    wanted = top_p * weights.sum(dtype=np.float64)
-    positions = np.flatnonzero(weights >= np.float32(np.exp(-NEAR)))
-    if weights[positions].sum(dtype=np.float64) < wanted:
-        positions = np.arange(weights.size)
-    order = positions[np.argsort(-weights[positions], kind="stable")]
-    mass = np.cumsum(weights[order], dtype=np.float64)
-    count = int(np.searchsorted(mass, wanted)) + 1
-    return np.sort(order[:count])
-
-
-def invert(weights: Row, uniform: float) -> int:
-    """The position where the running sum of ``weights`` passes ``uniform`` of the total.
-
-    uniform: in [0, 1). One random number a token, whatever the vocabulary. A position of weight 0
-    is never given. Sums of stretches come first, then the one stretch that is hit: a running sum
-    over a whole vocabulary takes twenty times as long.
-    """
-    sums = np.add.reduceat(weights, np.arange(0, weights.size, STRETCH), dtype=np.float64)
-    mass = np.cumsum(sums)
-    target = min(uniform * mass[-1], np.nextafter(mass[-1], 0.0))
-    index = int(np.searchsorted(mass, target, side="right"))
-    before = mass[index - 1] if index else 0.0
-    start = index * STRETCH
-    inside = np.cumsum(weights[start : start + STRETCH], dtype=np.float64)
-    offset = int(np.searchsorted(inside, target - before, side="right"))
-    if offset == inside.size:  # the two sums differ in their last bit
-        offset = int(np.flatnonzero(weights[start : start + STRETCH])[-1])
-    return start + offset

@@ -36,7 +36,7 @@ uint16_t to_half(float x) {
 }
 
 // Panels whose outputs a sink gets together.
-constexpr int64_t kPanelsAtOnce = 8;
+constexpr int64_t kPanelsAtOnce = 16;
 
 // Panels of a task, for a sink a few at a time.
 template <typename Job>

@@ -61,7 +61,14 @@ class LargestOutputs final : public OutputSink {
     for (int64_t i = 0; i < piece.num_rows; ++i) {
       const float* values = piece.values + i * piece.stride;
       Ranking best = ranking(piece.slot, piece.row + i);
-      if (!best.would_take(largest_(values, piece.num_columns))) continue;
+      const float top = largest_(values, piece.num_columns);
+      if (!best.would_take(top)) continue;
+      if (k_ == 1) {  // the first of the largest, then nothing
+        int64_t c = 0;
+        while (exceeds(top, values[c])) ++c;
+        best.add({top, int32_t(piece.column + c)});
+        continue;
+      }
       for (int64_t c = 0; c < piece.num_columns; ++c) best.add({values[c], int32_t(piece.column + c)});
     }
   }

@@ -7,9 +7,14 @@ import torch
 from qserve.kernels.backend import Backend, choose
 from qserve.kernels.rows import check_rows
 from qserve.kernels.sample import cpu, reference
-from qserve.kernels.sample.batch import SamplingBatch, TokenAdjustments
+from qserve.kernels.sample.batch import (
+    GREEDY_BELOW,
+    NOT_SEEN,
+    SamplingBatch,
+    TokenAdjustments,
+)
 
-__all__ = ["SamplingBatch", "TokenAdjustments", "sample_tokens"]
+__all__ = ["GREEDY_BELOW", "NOT_SEEN", "SamplingBatch", "TokenAdjustments", "sample_tokens"]
 
 
 def sample_tokens(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
@@ -28,7 +33,7 @@ def sample_tokens(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     ``TypeError`` for dtypes that do not fit.
     """
     check_rows("logits", logits, logits.shape[-1])
-    batch.check(logits.shape[0], logits.device)
+    batch.check(logits)
     if choose("sample", logits.device).backend is Backend.CPU:
         return cpu.sample_tokens(logits, batch)
     return reference.sample_tokens(logits, batch)

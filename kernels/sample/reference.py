@@ -24,7 +24,7 @@ def _sample(logits: torch.Tensor, batch: SamplingBatch, row: int) -> int:
         logits = _adjust(logits, batch, batch.adjustments, row)
         if not math.isfinite(float(logits.max())):
             return NO_TOKEN
-    temperature = float(batch.temperature[row])
+    temperature = batch.temperature[row]
     if temperature < GREEDY_BELOW:
         return int((logits == logits.max()).nonzero()[0])
     scaled = logits / temperature

@@ -239,3 +239,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     starts = torch.tensor([0, 3, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="expected"):
         sample_tokens(logits, replace(good, adjustments=replace(outside, starts=starts)))
+    with pytest.raises(ValueError, match="expected"):
+        replace(good, adjustments=replace(outside, starts=starts[:2]))
+    with pytest.raises(TypeError, match="expected"):
+        replace(outside, counts=torch.zeros(2))

@@ -24,6 +24,7 @@ from qserve.kernels.activations import Activations
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats import awq
+from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.config import EngineConfig, HeadDtype, KVDtype
 from qserve.serve.engine import Engine
@@ -120,7 +121,9 @@ def round_experts(source: Path, out: Path, packed: bool) -> Path:
         codes = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
         rounded = GroupedWeight(codes.flatten(1).byte(), scales, zeros.byte(), 4, GROUP_SIZE)
         if packed:
-            tensors |= {f"{module}.{key}": part for key, part in awq.pack(rounded).items()}
+            tensors |= {
+                f"{module}.{key}": part for key, part in AwqWriter().encode(rounded).items()
+            }
         else:
             tensors[name] = rounded.dequantize()
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))

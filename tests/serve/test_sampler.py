@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from qserve.serve.messages import SamplingParams
+from qserve.serve.messages import SamplingParams, TokenLogprobs
 from qserve.serve.sampler import (
+    BatchSampler,
     SamplingError,
     TokenSampler,
-    invert,
     largest,
     log_softmax,
     most_likely,
-    nucleus,
 )
 
 Row = NDArray[np.float32]
@@ -34,14 +33,21 @@ def sampler(
     return TokenSampler(SamplingParams(**({"max_tokens": 100} | params)), prompt, ends)
 
 
+def draw_row(one: TokenSampler, logits: Row) -> tuple[int, TokenLogprobs | None]:
+    """The next token of a request alone; ``logits`` stay as they are."""
+    (drawn,) = BatchSampler().draw([one], logits[None].copy())
+    assert not isinstance(drawn, SamplingError)
+    return drawn
+
+
 def draw(one: TokenSampler, *logits: float) -> int:
-    return one.draw(row(*logits))[0]
+    return draw_row(one, row(*logits))[0]
 
 
 def frequencies(logits: Row, count: int = 4000, **params: Any) -> list[float]:
     """How often each token is drawn."""
     one = sampler(**({"seed": 1} | params))
-    drawn = Counter(one.draw(logits.copy())[0] for _ in range(count))
+    drawn = Counter(draw_row(one, logits)[0] for _ in range(count))
     return [drawn[token] / count for token in range(logits.size)]
 
 
@@ -144,12 +150,12 @@ def test_end_tokens_cannot_be_drawn_before_min_tokens() -> None:
 def test_a_seed_gives_the_same_draws_whatever_else_is_drawn_between() -> None:
     logits = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     alone = sampler(seed=42)
-    expected = [alone.draw(logits.copy())[0] for _ in range(20)]
+    expected = [draw_row(alone, logits)[0] for _ in range(20)]
     again, other = sampler(seed=42), sampler(seed=7)
     found = []
     for _ in range(20):
-        other.draw(logits.copy())
-        found.append(again.draw(logits.copy())[0])
+        draw_row(other, logits)
+        found.append(draw_row(again, logits)[0])
     assert found == expected
     assert len(set(expected)) > 5
 
@@ -161,18 +167,18 @@ def test_seeds_of_either_sign_differ() -> None:
 
 
 def draw_once(seed: int, logits: Row) -> int:
-    return sampler(seed=seed).draw(logits.copy())[0]
+    return draw_row(sampler(seed=seed), logits)[0]
 
 
 def test_without_a_seed_draws_are_not_repeated() -> None:
     logits = np.zeros(100000, dtype=np.float32)
-    assert sampler().draw(logits.copy())[0] != sampler().draw(logits.copy())[0]
+    assert draw_row(sampler(), logits)[0] != draw_row(sampler(), logits)[0]
 
 
 def test_logprobs_are_raw_and_of_the_drawn_token() -> None:
     probabilities = [0.1, 0.2, 0.3, 0.4]
     one = sampler(temperature=0.0, logit_bias=((0, 100.0),), num_logprobs=2)
-    token, logprobs = one.draw(np.log(row(*probabilities)))
+    token, logprobs = draw_row(one, np.log(row(*probabilities)))
     assert logprobs is not None
     assert token == logprobs.token_id == 0
     assert logprobs.logprob == pytest.approx(math.log(0.1), abs=1e-6)
@@ -182,16 +188,16 @@ def test_logprobs_are_raw_and_of_the_drawn_token() -> None:
 
 def test_a_greedy_token_has_exactly_the_highest_logprob() -> None:
     logits = np.random.default_rng(1).normal(size=5000).astype(np.float32)
-    _, logprobs = sampler(temperature=0.0, num_logprobs=1).draw(logits)
+    _, logprobs = draw_row(sampler(temperature=0.0, num_logprobs=1), logits)
     assert logprobs is not None
     assert logprobs.top == ((logprobs.token_id, logprobs.logprob),)
 
 
 def test_zero_logprobs_gives_the_drawn_token_only_and_none_gives_nothing() -> None:
-    _, logprobs = sampler(temperature=0.0, num_logprobs=0).draw(row(0.0, 1.0))
+    _, logprobs = draw_row(sampler(temperature=0.0, num_logprobs=0), row(0.0, 1.0))
     assert logprobs is not None
     assert logprobs.top == ()
-    assert sampler(temperature=0.0).draw(row(0.0, 1.0))[1] is None
+    assert draw_row(sampler(temperature=0.0), row(0.0, 1.0))[1] is None
 
 
 def test_probabilities_sum_to_one() -> None:
@@ -206,21 +212,39 @@ def test_all_logprobs_may_be_asked_for() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_overflowed_are_an_error(bad: float) -> None:
-    with pytest.raises(SamplingError, match="not a number"):
-        draw(sampler(temperature=0.0), 1.0, bad, 2.0)
+def test_logits_that_overflowed_are_an_error_of_that_request_alone(bad: float) -> None:
+    samplers = [sampler(temperature=0.0, num_logprobs=1), sampler(seed=1)]
+    overflowed, drawn = BatchSampler().draw(
+        samplers, np.stack([row(1.0, bad, 2.0), row(9.0, -90.0, 0.0)])
+    )
+    assert isinstance(overflowed, SamplingError) and "not a number" in str(overflowed)
+    assert drawn == (0, None)
 
 
-def test_a_draw_at_the_edges_never_gives_a_weight_of_zero() -> None:
-    weights = row(0.0, 1.0, 0.0, 1.0, 0.0)
-    assert invert(weights, 0.0) == 1
-    assert invert(weights, 0.5) == 3
-    assert invert(weights, math.nextafter(1.0, 0.0)) == 3
+def test_requests_of_every_kind_draw_together_what_they_draw_alone() -> None:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"seed": 1},
+        {"seed": 2, "top_k": 5, "frequency_penalty": 0.5, "logit_bias": ((3, 2.0), (3, 1.0))},
+        {"seed": 3, "top_p": 0.8, "repetition_penalty": 1.5},
+        {"temperature": 0.0, "min_tokens": 3, "num_logprobs": 2},
+    ]
+    logits = np.random.default_rng(5).normal(size=(8, len(kinds), 300)).astype(np.float32) * 3
+    together = [sampler(prompt=(1, 2, 2), ends=(7,), **kind) for kind in kinds]
+    alone = [sampler(prompt=(1, 2, 2), ends=(7,), **kind) for kind in kinds]
+    batch_sampler = BatchSampler()
+    for step in logits:
+        expected = [draw_row(one, own) for one, own in zip(alone, step, strict=True)]
+        assert batch_sampler.draw(together, step.copy()) == expected
+    shuffled = [together[i] for i in (2, 0, 4)]  # other requests in the next step
+    expected = [draw_row(alone[i], logits[0][i]) for i in (2, 0, 4)]
+    assert batch_sampler.draw(shuffled, logits[0][[2, 0, 4]]) == expected
 
 
-def test_of_equal_weights_at_the_border_the_first_are_kept() -> None:
-    assert nucleus(row(0.25, 0.25, 0.25, 0.25), 0.5).tolist() == [0, 1]
-    assert nucleus(row(0.25, 0.5, 0.25), 0.75).tolist() == [0, 1]
+def test_counts_have_room_for_every_token_of_a_long_output() -> None:
+    one = sampler(temperature=0.0, frequency_penalty=1.0)
+    drawn = [draw(one, *([0.0] * 100)) for _ in range(200)]
+    assert drawn == list(range(100)) * 2
 
 
 def test_top_k_larger_than_what_is_left_keeps_it_all() -> None:
@@ -234,27 +258,3 @@ def test_the_largest_are_found_however_values_are_spread(spread: float, count: i
     values = np.random.default_rng(3).normal(size=1000).astype(np.float32) * np.float32(spread)
     border = np.sort(values)[-count]
     assert largest(values, count).tolist() == np.flatnonzero(values >= border).tolist()
-
-
-@pytest.mark.parametrize("spread", [0.1, 3.0, 40.0])
-@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 0.999999])
-def test_a_nucleus_is_found_however_weights_are_spread(spread: float, top_p: float) -> None:
-    values = np.random.default_rng(4).normal(size=1000) * spread
-    weights = np.exp(values - values.max()).astype(np.float32)
-    order = np.argsort(-weights, kind="stable")
-    before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
-    expected = np.sort(order[before < top_p * weights.sum(dtype=np.float64)])
-    assert nucleus(weights, top_p).tolist() == expected.tolist()
-
-
-@pytest.mark.parametrize("size", [1, 255, 256, 257, 5000])
-def test_a_draw_lands_where_the_running_sum_says(size: int) -> None:
-    rng = np.random.default_rng(size)
-    weights = rng.random(size).astype(np.float32) * (rng.random(size) < 0.5)
-    weights[rng.integers(size)] = 1.0
-    mass = np.cumsum(weights, dtype=np.float64)
-    for uniform in (0.0, math.nextafter(1.0, 0.0), *rng.random(200)):
-        position = invert(weights, float(uniform))
-        assert weights[position] > 0.0
-        assert mass[position] >= uniform * mass[-1] * (1 - 1e-12)
-        assert mass[position] - weights[position] <= uniform * mass[-1] * (1 + 1e-12)
