@@ -19,6 +19,8 @@ PROGRAM = "qserve"
 COMMANDS = {
     "quantize": ("qserve.cli.quantize", "Quantize a model to 4 bits and write a checkpoint."),
     "eval": ("qserve.cli.evaluate", "Measure perplexity, and the distance to the float model."),
+    "run": ("qserve.cli.run", "Run a recipe: quantize, judge, gate, publish."),
+    "recipe": ("qserve.cli.recipe", "Write, check and translate recipes."),
     "inspect": ("qserve.cli.inspection", "Say what a checkpoint holds: layers, bits, sizes."),
     "serve": ("qserve.cli.serve", "Answer over HTTP as an OpenAI-compatible server."),
     "bench": ("qserve.cli.bench", "Measure the engine and the kernels on this machine."),

@@ -5,6 +5,7 @@ QuantError
 │   └── UnsupportedModelError   it is a model, of a kind we do not handle
 ├── CalibrationError     the calibration text does not do
 ├── OptionError          two options, or an option and the model, contradict each other
+│   └── RecipeError      a recipe file cannot be read or understood
 └── OutputError          the result cannot be written where it was asked
 """
 
@@ -33,3 +34,7 @@ class OptionError(QuantError):
 
 class OutputError(QuantError):
     """The result cannot be written where it was asked."""
+
+
+class RecipeError(OptionError):
+    """A recipe file that cannot be read or understood."""

@@ -1,0 +1,1 @@
+"""Recipes: quantize, judge, gate and publish from one YAML file."""

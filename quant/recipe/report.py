@@ -1,0 +1,75 @@
+"""What running a recipe gave: the figures behind every report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qserve.quant.evaluate import Evaluation
+from qserve.quant.recipe.gates import GateResult
+from qserve.quant.report import QuantizationReport
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeReport:
+    """One run of a recipe.
+
+    recipe: its file's name. output: the folder; it holds the result if ``published``, which a
+    failed gate prevents.
+    """
+
+    recipe: str
+    model: str
+    output: str
+    published: bool
+    quantization: QuantizationReport
+    evaluation: Evaluation | None
+    gates: tuple[GateResult, ...]
+    seconds: float
+
+    @property
+    def failed_gates(self) -> tuple[GateResult, ...]:
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values that JSON can hold: NaN becomes null."""
+        plain: dict[str, Any] = _without_nan(asdict(self))
+        return plain
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def headline(report: RecipeReport) -> list[tuple[str, str]]:
+    """The figures that a person looks at first, as labels and values."""
+    quantization, sizes = report.quantization, report.quantization.sizes
+    group = "a row" if quantization.group_size < 0 else str(quantization.group_size)
+    rows = [
+        ("method", f"{quantization.method}, {quantization.bits} bits, groups of {group}"),
+        ("size", f"{_megabytes(sizes.quantized_bytes)}, was {_megabytes(sizes.source_bytes)}"),
+        ("bits per weight", f"{sizes.bits_per_weight:.3f}"),
+        ("quantized layers", f"{len(quantization.layers)}, {len(quantization.skipped)} skipped"),
+    ]
+    evaluation = report.evaluation
+    if evaluation is not None:
+        assert evaluation.kl is not None and evaluation.top1 is not None
+        rows += [
+            ("KL from the float model, nats", f"{evaluation.kl:.4f}"),
+            ("same most likely token", f"{100 * evaluation.top1:.2f} %"),
+            ("perplexity", f"{evaluation.perplexity:.2f}, was {evaluation.base_perplexity:.2f}"),
+        ]
+    rows += [
+        ("time", f"{report.seconds:.0f} s"),
+        ("peak memory", f"{quantization.peak_memory_bytes / 2**20:.0f} MiB"),
+    ]
+    return rows
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"

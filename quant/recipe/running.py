@@ -1,0 +1,133 @@
+"""Running a recipe: quantize, judge, hold against the gates, publish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qserve.quant.evaluate import Evaluation, evaluate
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.options import CalibrationSource, QuantizeOptions
+from qserve.quant.output import publish
+from qserve.quant.pipeline import quantize
+from qserve.quant.progress import Progress
+from qserve.quant.recipe.gates import check_gates
+from qserve.quant.recipe.lock import write_lock
+from qserve.quant.recipe.report import RecipeReport
+from qserve.quant.recipe.schema import BUILT_IN, SELF, TOPICS, EvaluateSection, Recipe
+from qserve.quant.report import QuantizationReport
+from qserve.quant.windows import python_topics, read_text
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A recipe and what its relative paths start from.
+
+    name: of the recipe's file. folder: where that lies.
+    """
+
+    recipe: Recipe
+    name: str
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        """The folder of the result."""
+        return self.folder / self.recipe.output.folder
+
+    @property
+    def model(self) -> str:
+        """The model: a path beside the recipe where there is one, else as the recipe names it."""
+        beside = self.folder / self.recipe.model
+        return str(beside) if beside.exists() else self.recipe.model
+
+    @property
+    def texts(self) -> list[Path]:
+        """The text files that are read."""
+        named = [self.recipe.calibration.text]
+        if self.recipe.evaluate is not None:
+            named.append(self.recipe.evaluate.text)
+        return [self.folder / name for name in named if name not in (BUILT_IN, SELF, TOPICS)]
+
+    def options(self) -> QuantizeOptions:
+        """The quantization that the recipe asks for. Raises ``OptionError``."""
+        section, calibration = self.recipe.quantize, self.recipe.calibration
+        sources = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
+        return QuantizeOptions(
+            method=section.method,
+            bits=section.bits,
+            group_size=section.group_size,
+            rounding=section.rounding,
+            calibration=sources.get(calibration.text) or self.folder / calibration.text,
+            num_samples=calibration.samples,
+            seq_len=calibration.seq_len,
+            ignore=section.ignore,
+            seed=section.seed,
+            max_shard_bytes=section.max_shard_size,
+        )
+
+    def judging_text(self, section: EvaluateSection) -> str:
+        """The text that the result is judged on. Raises ``CalibrationError``."""
+        return python_topics() if section.text == TOPICS else read_text(self.folder / section.text)
+
+
+class _GateFailed(Exception):
+    """Leaves ``publish`` without publishing."""
+
+    def __init__(self, report: RecipeReport) -> None:
+        super().__init__()
+        self.report = report
+
+
+def run_job(job: Job, source: Checkpoint, progress: Callable[[Progress], None]) -> RecipeReport:
+    """Quantize ``source`` and publish the result, unless a gate fails.
+
+    Everything that can be refused is refused before the work: options, texts, the output folder.
+    Raises what ``quantize``, ``evaluate`` and ``publish`` raise.
+    """
+    started = time.perf_counter()
+    recipe, options = job.recipe, job.options()
+    text = job.judging_text(recipe.evaluate) if recipe.evaluate is not None else None
+    protect = [source.folder, *job.texts]
+    try:
+        with publish(job.output, recipe.output.overwrite, protect=protect) as folder:
+            quantization = quantize(source, folder, options, progress)
+            evaluation = None
+            if recipe.evaluate is not None and text is not None:
+                evaluation = _judge(folder, source, text, recipe.evaluate, progress)
+            report = _report(job, quantization, evaluation)
+            if report.failed_gates:
+                raise _GateFailed(report)
+            write_lock(job.recipe, source, folder, quantization)
+    except _GateFailed as failed:
+        report = replace(failed.report, published=False)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def _judge(
+    folder: Path,
+    source: Checkpoint,
+    text: str,
+    section: EvaluateSection,
+    progress: Callable[[Progress], None],
+) -> Evaluation:
+    model = Checkpoint(folder)
+    return evaluate(model, source, text, section.windows, section.seq_len, progress)
+
+
+def _report(
+    job: Job, quantization: QuantizationReport, evaluation: Evaluation | None
+) -> RecipeReport:
+    num_bytes = quantization.sizes.quantized_bytes
+    return RecipeReport(
+        recipe=job.name,
+        model=job.recipe.model,
+        output=job.recipe.output.folder,
+        published=True,
+        quantization=quantization,
+        evaluation=evaluation,
+        gates=check_gates(job.recipe.gates, evaluation, num_bytes),
+        seconds=0.0,
+    )

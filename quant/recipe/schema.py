@@ -1,0 +1,150 @@
+"""What a recipe may say. The JSON Schema for editors comes from these classes."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from qserve.quant.options import DEFAULT_SHARD_BYTES, Method, Rounding
+
+BUILT_IN, SELF, TOPICS = "builtin", "self", "python-topics"
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", re.IGNORECASE)
+POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(value: Any) -> Any:
+    """Bytes of a size such as ``4.5GB`` (powers of ten) or ``2GiB`` (powers of two).
+
+    Anything but text is left to pydantic. Raises ``ValueError`` for a text that is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is no size: expected a number of bytes or one like 4.5GB")
+    base = 1024 if "i" in value.lower() else 1000
+    return int(float(match[1]) * base ** POWERS[match[2].lower()])
+
+
+def parse_share(value: Any) -> Any:
+    """The number that a percentage such as ``5%`` stands for; anything else is left as it is."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        return float(value.strip()[:-1]) / 100
+    return value
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(parse_share), Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class QuantizeSection(Section):
+    """How weights become codes. What is left out is what `qserve quantize` takes by default."""
+
+    method: Method = Field(default=Method.AWQ, description="How weights become codes.")
+    bits: int | None = Field(default=None, description="Width of a code; the method's usual one.")
+    group_size: int | None = Field(
+        default=None, description="Inputs that share a scale, -1 for a row; the coarsest that fits."
+    )
+    rounding: Rounding = Field(default=Rounding.FEEDBACK, description="How a code is picked.")
+    ignore: tuple[str, ...] = Field(
+        default=(), description="Regular expressions; layers whose name matches stay in 16 bits."
+    )
+    seed: int = Field(default=0, description="Seed of self-written calibration text.")
+    max_shard_size: Size = Field(default=DEFAULT_SHARD_BYTES, description="Largest weight file.")
+
+
+class CalibrationSection(Section):
+    """The text that quantization looks at."""
+
+    text: str = Field(default=BUILT_IN, description="A UTF-8 file, `builtin` or `self`.")
+    samples: int = Field(default=32, ge=1, description="Windows of text.")
+    seq_len: int = Field(default=512, ge=2, description="Tokens of a window.")
+
+
+class EvaluateSection(Section):
+    """The text that the result is judged on, beside the float model."""
+
+    text: str = Field(
+        default=TOPICS, description="A UTF-8 file, or `python-topics` (on every machine)."
+    )
+    windows: int = Field(default=48, ge=1, description="Windows of text.")
+    seq_len: int = Field(default=512, ge=2, description="Tokens of a window.")
+
+
+class GatesSection(Section):
+    """Limits; a result beyond one of them is not published."""
+
+    max_kl: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Mean KL divergence from the float model, in nats."
+    )
+    max_ppl_increase: Share | None = Field(
+        default=None, description="Perplexity above the float model's, as a share: 0.05 or 5%."
+    )
+    min_top1: Annotated[Share, Field(le=1)] | None = Field(
+        default=None, description="Share of positions with the same most likely token: 0.85 or 85%."
+    )
+    max_size: Size | None = Field(
+        default=None, description="Size of the weights: 120MB, 4.5GB, bytes."
+    )
+
+    @property
+    def need_evaluation(self) -> bool:
+        """Whether a limit is on something that only a text can tell."""
+        return any(v is not None for v in (self.max_kl, self.max_ppl_increase, self.min_top1))
+
+
+class OutputSection(Section):
+    """Where the checkpoint goes."""
+
+    folder: str = Field(description="Folder to write, beside the recipe unless it is absolute.")
+    overwrite: bool = Field(default=False, description="Replace a model that is already there.")
+
+
+class ReportsSection(Section):
+    """Files that say what happened; written for a failed gate too."""
+
+    json_file: str | None = Field(
+        default=None, alias="json", description="Everything, for programs."
+    )
+    markdown: str | None = Field(default=None, description="A summary, for people.")
+    html: str | None = Field(default=None, description="One page with charts of every layer.")
+    junit: str | None = Field(
+        default=None, description="JUnit XML: every step and gate as a test case."
+    )
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    version: Literal[1] = Field(default=1, description="Of this schema.")
+    model: str = Field(description="A model folder, a .gguf file or a hub id (owner/name).")
+    quantize: QuantizeSection = QuantizeSection()
+    calibration: CalibrationSection = CalibrationSection()
+    evaluate: EvaluateSection | None = None
+    gates: GatesSection = GatesSection()
+    output: OutputSection
+    reports: ReportsSection = ReportsSection()
+
+    @model_validator(mode="after")
+    def _gates_have_figures(self) -> Recipe:
+        if self.gates.need_evaluation and self.evaluate is None:
+            raise ValueError("gates on quality need an `evaluate` section: `evaluate: {}` will do")
+        return self
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a recipe, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "qserve recipe",
+        **Recipe.model_json_schema(by_alias=True),
+    }

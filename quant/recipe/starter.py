@@ -1,0 +1,44 @@
+"""The recipe that `qserve recipe init` writes: every section, with comments."""
+
+STARTER = """\
+# A qserve recipe: `qserve run {name}` quantizes, judges, holds the result against the gates and
+# publishes it. Paths start at this file's folder. `qserve recipe schema` prints the JSON Schema.
+version: 1
+
+# A folder of safetensors, a .gguf file or a hub id (owner/name).
+model: {model}
+
+quantize:
+  method: awq            # {methods}
+  # bits: 4              # what the method stores, if it has a choice
+  # group_size: 64       # inputs that share a scale; the coarsest that fits every layer
+  # ignore: [lm_head]    # regular expressions; what matches stays in 16 bits
+
+calibration:
+  text: builtin          # a UTF-8 file, builtin, or self (what the model itself writes)
+  samples: 32
+  seq_len: 512
+
+# Figures beside the float model, on a text that calibration did not see.
+evaluate:
+  text: python-topics    # a UTF-8 file, or Python's help topics, which every machine has
+  windows: 48
+  seq_len: 512
+
+# A result beyond a limit is not published, and the exit code is 7.
+gates:
+  max_kl: 0.15
+  max_ppl_increase: 10%
+  min_top1: 80%
+  # max_size: 120MB
+
+output:
+  folder: {output}
+  overwrite: false
+
+reports:
+  # json: report.json
+  # markdown: report.md  # also appended to $GITHUB_STEP_SUMMARY
+  # junit: report.xml
+  html: report.html
+"""
