@@ -54,3 +54,20 @@ def check(recipe: Path) -> None:
     job = Job(load_recipe(recipe), recipe.stem, recipe.absolute().parent)
     job.options()
     say(f"{recipe} is sound")
+
+
+@command.command("import", short_help="Translate a recipe of llm-compressor.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--model", default="owner/name", help="The model that the recipe names.")
+@click.option("--output", default="quantized", help="The folder that the recipe writes.")
+def translate(recipe: Path, model: str, output: str) -> None:
+    """Print RECIPE, written for llm-compressor, as a recipe for `qserve run`.
+
+    What cannot be carried over is said on stderr.
+    """
+    from qserve.quant.recipe.importing import import_recipe
+
+    imported = import_recipe(recipe, model, output)
+    for note in imported.notes:
+        say(note)
+    click.echo(imported.text, nl=False)

@@ -1,0 +1,140 @@
+"""`qserve run` and `qserve recipe`, from the file to the exit code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from qserve.cli.errors import ExitCode
+from qserve.quant.formats.checkpoint import Checkpoint
+
+Qserve = Callable[..., Any]
+
+REPORTS = {
+    "json": "reports/r.json",
+    "markdown": "reports/r.md",
+    "html": "reports/r.html",
+    "junit": "reports/r.xml",
+}
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
+    """Writes a recipe for the tiny model, with changes to its sections."""
+
+    def write(**changes: Any) -> Path:
+        content = {
+            "model": str(tiny_llama),
+            "quantize": {"method": "rtn", "group_size": 32},
+            "evaluate": {"windows": 2, "seq_len": 32},
+            "gates": {"max_kl": 50},
+            "output": {"folder": "out"},
+            "reports": REPORTS,
+        } | changes
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
+
+
+def test_a_recipe_publishes_a_checkpoint_its_reports_and_its_lock(
+    write_recipe: Callable[..., Path],
+    qserve: Qserve,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    done = qserve("run", write_recipe())
+    assert done.code == ExitCode.OK, done.err
+    assert Checkpoint(tmp_path / "out").method == "awq"
+    report = json.loads((tmp_path / "reports/r.json").read_text())
+    assert report["published"] is True
+    assert [gate["name"] for gate in report["gates"]] == ["max_kl"]
+    assert report["gates"][0]["value"] == report["evaluation"]["kl"] > 0
+    markdown = (tmp_path / "reports/r.md").read_text()
+    assert markdown.startswith("## tiny: published") and "| max_kl | 50 |" in markdown
+    assert (tmp_path / "summary.md").read_text() == markdown
+    suite = ElementTree.parse(tmp_path / "reports/r.xml").getroot()[0]
+    assert [case.get("name") for case in suite] == ["quantize", "evaluate", "gate max_kl"]
+    assert suite.get("failures") == "0"
+    page = (tmp_path / "reports/r.html").read_text()
+    assert page.count("<circle") >= 14 and "http" not in page.replace("http-equiv", "")
+
+
+def test_the_lock_holds_the_hashes_of_what_was_read_and_written(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    assert qserve("run", write_recipe(evaluate=None, gates={})).code == ExitCode.OK
+    lock = json.loads((tmp_path / "out/recipe.lock").read_text())
+    assert lock["recipe"]["quantize"]["method"] == "rtn"
+    assert lock["versions"].keys() >= {"torch", "transformers", "qserve-llm"}
+    for name, digest in lock["result"].items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+    again = qserve("run", tmp_path / "tiny.yaml", "-o", tmp_path / "again")
+    assert again.code == ExitCode.OK
+    assert json.loads((tmp_path / "again/recipe.lock").read_text())["result"] == lock["result"]
+
+
+def test_a_failed_gate_publishes_nothing_and_has_an_exit_code_of_its_own(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    done = qserve("run", write_recipe(gates={"max_kl": 0, "max_size": "1kB", "min_top1": 0}))
+    assert done.code == ExitCode.GATE
+    assert not (tmp_path / "out").exists()
+    suite = ElementTree.parse(tmp_path / "reports/r.xml").getroot()[0]
+    failed = [case.get("name") for case in suite if case.find("failure") is not None]
+    assert failed == ["gate max_kl", "gate max_size"]
+    assert suite.get("failures") == "2"
+    assert "NOT published" in (tmp_path / "reports/r.md").read_text()
+    assert json.loads((tmp_path / "reports/r.json").read_text())["published"] is False
+
+
+def test_an_error_is_in_the_junit_report_too(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    done = qserve("run", write_recipe(calibration={"text": "none.txt"}, quantize={"method": "awq"}))
+    assert done.code == ExitCode.CALIBRATION
+    assert "none.txt cannot be read" in done.error
+    suite = ElementTree.parse(tmp_path / "reports/r.xml").getroot()[0]
+    found = suite[0].find("error")
+    assert found is not None and "none.txt" in str(found.get("message"))
+
+
+def test_an_output_that_exists_is_not_replaced_unless_told_to(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    recipe = write_recipe(evaluate=None, gates={})
+    assert qserve("run", recipe).code == ExitCode.OUTPUT
+    assert qserve("run", recipe, "--force").code == ExitCode.OK
+
+
+def test_a_started_recipe_is_sound_and_not_overwritten(qserve: Qserve, tmp_path: Path) -> None:
+    path = tmp_path / "new.yaml"
+    assert qserve("recipe", "init", path, "--model", "m").code == ExitCode.OK
+    assert qserve("recipe", "check", path).code == ExitCode.OK
+    assert "exists" in qserve("recipe", "init", path).error
+    path.write_text(path.read_text() + "gattes: {}\n")
+    refused = qserve("recipe", "check", path)
+    assert refused.code == ExitCode.USAGE
+    assert "unknown key, did you mean 'gates'?" in refused.error
+
+
+def test_the_schema_and_a_translated_recipe_are_all_there_is_on_stdout(
+    qserve: Qserve, tmp_path: Path
+) -> None:
+    assert json.loads(qserve("recipe", "schema").out)["title"]
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text("s: {m: {GPTQModifier: {scheme: W4A16, dampening: 1}, LogModifier: {}}}")
+    done = qserve("recipe", "import", theirs, "--model", "a/b")
+    assert yaml.safe_load(done.out)["quantize"] == {"method": "gptq", "bits": 4, "group_size": 128}
+    assert "LogModifier is left out" in done.err and "GPTQModifier.dampening" in done.err
