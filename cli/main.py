@@ -17,7 +17,7 @@ PROGRAM = "qserve"
 
 # name -> (module that has it as `command`, its line in `qserve --help`): listing imports nothing.
 COMMANDS = {
-    "quantize": ("qserve.cli.quantize", "Quantize a model to 4 bits and write a checkpoint."),
+    "quantize": ("qserve.cli.quantize", "Quantize a model and write a checkpoint."),
     "eval": ("qserve.cli.evaluate", "Measure perplexity, and the distance to the float model."),
     "run": ("qserve.cli.run", "Run a recipe: quantize, judge, gate, publish."),
     "recipe": ("qserve.cli.recipe", "Write, check and translate recipes."),

@@ -1,9 +1,10 @@
-"""`qserve quantize`: a float model in, a 4-bit checkpoint out."""
+"""`qserve quantize`: a float model in, a quantized checkpoint out."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,33 +20,51 @@ if TYPE_CHECKING:
     from qserve.quant.report import QuantizationReport
 
 BUILT_IN, SELF = "builtin", "self"
+METHODS = (
+    *("awq", "gptq", "int8", "smoothquant", "nf4", "fp4", "fp8", "fp8-weight", "llm-int8"),
+    "rtn",
+)
+FORMATS = ("awq", "gptq", "gptq-v2", "compressed-tensors", "bitsandbytes")
 
 
-@click.command(short_help="Quantize a model to 4 bits and write a checkpoint.")
+def method_flag(name: str, text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option ``--name``, which stands for ``--method name``."""
+    return click.option(f"--{name}", "flags", flag_value=name, help=text)
+
+
+@click.command(short_help="Quantize a model and write a checkpoint.")
 @click.argument("model")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."
 )
+@method_flag("awq", "Activation-aware 4 bits, stored as AWQ (the default).")
+@method_flag("gptq", "The same steps on symmetric codes, stored as GPTQ.")
+@method_flag("int8", "8-bit weights, one scale a row.")
+@method_flag("smoothquant", "8-bit weights and activations (W8A8).")
+@method_flag("nf4", "bitsandbytes' 4-bit levels, with double quantization.")
+@method_flag("fp8", "8-bit floats, weights and activations.")
+@method_flag("rtn", "Round to nearest: no text, no search; stored as AWQ.")
 @click.option(
-    "--awq",
-    "method",
-    flag_value="awq",
-    default="awq",
-    help="Activation-aware: looks at calibration text (the default).",
+    "--method", type=click.Choice(METHODS), help="Any method by its name, those above included."
 )
-@click.option("--rtn", "method", flag_value="rtn", help="Round to nearest: no text, no search.")
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(FORMATS),
+    help="Format to write. Default: the method's own.",
+)
 @click.option("--bits", type=int, default=None, help="Width of a weight.")
 @click.option(
     "--group-size",
     type=int,
-    help="Inputs that share a scale: 128, 64 or 32. Default: the largest that fits every layer.",
+    help="Inputs that share a scale, -1 for a row. Default: the coarsest that fits every layer.",
 )
 @click.option(
     "--rounding",
     type=click.Choice(["feedback", "nearest"]),
     default="feedback",
     show_default=True,
-    help="Of AWQ. feedback loses less; nearest is what the paper does, and faster.",
+    help="feedback loses less; nearest is what the AWQ paper does, and faster.",
 )
 @click.option(
     "--calibration",
@@ -81,7 +100,7 @@ BUILT_IN, SELF = "builtin", "self"
 @click.option("--force", is_flag=True, help="Replace a model folder that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def command(model: str, output: Path, **options: Any) -> None:
-    """Quantize MODEL to 4 bits in AutoAWQ's format, which most engines load.
+    """Quantize MODEL, by default to 4 bits in AutoAWQ's format, which most engines load.
 
     MODEL is a folder of safetensors, a .gguf file or a hub id (owner/name). The result appears
     under --output when it is complete and not before.
@@ -120,7 +139,7 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
     decoder = Decoder(source)
     plan = make_plan(decoder, options)
     if options.group_size is None:
-        say(f"groups of {plan.group_size}: the largest of 128, 64 and 32 that fits every layer")
+        say(f"{_groups(plan.group_size)}: the coarsest that the method has and every layer fits")
     protect = [source.folder, *(path for path in read if path.exists())]
     with (
         publish(output, force, protect=protect) as folder,
@@ -135,14 +154,16 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
 
 
 def _read_options(choices: dict[str, Any]) -> QuantizeOptions:
+    from qserve.quant.formats.registry import OutputFormat
     from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, Rounding
 
     named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
     calibration = choices["calibration"]
     return QuantizeOptions(
-        method=Method(choices["method"]),
+        method=Method(_read_method(choices)),
         bits=choices["bits"],
         group_size=choices["group_size"],
+        output=OutputFormat(choices["output_format"]) if choices["output_format"] else None,
         rounding=Rounding(choices["rounding"]),
         calibration=named.get(calibration) or Path(calibration),
         num_samples=choices["samples"],
@@ -150,6 +171,15 @@ def _read_options(choices: dict[str, Any]) -> QuantizeOptions:
         ignore=choices["ignore"],
         seed=choices["seed"],
     )
+
+
+def _read_method(choices: dict[str, Any]) -> str:
+    """The method that was named, by its flag or by ``--method``."""
+    flag, name = choices["flags"], choices["method"]
+    if flag and name and flag != name:
+        raise click.UsageError(f"--{flag} and --method {name} contradict each other: give one")
+    method: str = name or flag or METHODS[0]
+    return method
 
 
 def summarize(report: QuantizationReport, output: Path) -> dict[str, Any]:
@@ -175,10 +205,14 @@ def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
         ("size before", format_bytes(sizes.source_bytes)),
         ("size after", f"{format_bytes(sizes.quantized_bytes)} ({ratio:.2f} times smaller)"),
         ("bits per weight, quantized layers", f"{sizes.bits_per_weight:.3f}"),
-        ("quantized layers", f"{len(report.layers)} in groups of {report.group_size}"),
+        ("quantized layers", f"{len(report.layers)}, {_groups(report.group_size)}"),
         ("layers left in 16 bits", len(report.skipped)),
         ("time", format_seconds(report.seconds)),
         ("peak memory", format_bytes(report.peak_memory_bytes)),
         ("report", summary["report"]),
     ]
     print_table(f"{report.method.upper()}, {report.bits} bits", ("", ""), rows)
+
+
+def _groups(group_size: int) -> str:
+    return "one scale a row" if group_size < 0 else f"groups of {group_size}"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qserve.kernels.codebook_weight import CodebookWeight
-from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.report import LayerReport
-
-QuantizedWeight = GroupedWeight | CodebookWeight
 
 
 @dataclass(frozen=True, slots=True)

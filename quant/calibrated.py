@@ -21,11 +21,12 @@ import torch
 
 from qserve.kernels.activations import Activations, round_activations
 from qserve.quant.architecture import Stage
-from qserve.quant.block_result import BlockResult, QuantizedWeight
+from qserve.quant.block_result import BlockResult
 from qserve.quant.codes import choose_codes
 from qserve.quant.decoder import Block, ScratchMemory
 from qserve.quant.errors import CheckpointError
 from qserve.quant.folding import fold_, settle_, sharing_of
+from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.grid import grid_over_all, rounding_difference
 from qserve.quant.methods import Profile, Transform
 from qserve.quant.objective import GramMatrix, output_errors
@@ -131,17 +132,21 @@ class CalibratedQuantizer:
         """Replace the weights of a stage by what their codes stand for."""
         linears = [block.linear(name) for name in stage.linears]
         weight = torch.cat([linear.weight for linear in linears])
-        rounding = self._rounding_for(len(gram))
-        group_size = self._plan.group_in(len(gram))
-        quantized = choose_codes(weight, gram, group_size, self._profile.levels, rounding)
-        rounded = quantized.values()
+        sizes = [linear.out_features for linear in linears]
+        group_size, rounding = self._plan.group_in(len(gram)), self._rounding_for(len(gram))
+        levels = self._profile.levels
+        # Nested scales are quantized a layer at a time; all else is done in one go.
+        pieces = weight.split(sizes) if levels.nested else [weight]
+        chosen = [choose_codes(piece, gram, group_size, levels, rounding) for piece in pieces]
+        parts = chosen if levels.nested else chosen[0].split(sizes)
+        rounded = torch.cat([part.values() for part in parts])
         errors = output_errors(rounded - weight, gram)
         baseline = output_errors(self._unscaled_difference(weight, group_size, choice), gram)
         energies = output_errors(weight, gram)
-        clipped = quantized.clipped(weight)
-        sizes = [linear.out_features for linear in linears]
-        parts = [part.pack() for part in quantized.split(sizes)]
-        codes = dict(zip(stage.linears, parts, strict=True))
+        clipped = torch.cat(
+            [part.clipped(piece) for part, piece in zip(chosen, pieces, strict=True)]
+        )
+        codes = {name: part.pack() for name, part in zip(stage.linears, parts, strict=True)}
         reports = []
         for name, linear, rows in zip(
             stage.linears, linears, torch.arange(len(weight)).split(sizes), strict=True

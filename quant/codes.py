@@ -22,10 +22,10 @@ def choose_codes(
     rounding: Rounding,
 ) -> Rounded:
     """Codes for a weight ``[N, K]`` whose inputs have the Gram matrix ``[K, K]``."""
-    grid = search_grid(weight, gram, group_size, levels)
+    grid = search_grid(weight, gram, group_size, levels).settled()
     if rounding is Rounding.NEAREST:
         return Rounded(nearest_levels(weight.unflatten(1, (-1, group_size)), grid), grid)
     found = feed_errors_back(weight, gram, grid)
     found = descend(weight, gram, grid, found, NUM_PASSES)
-    grid = refit_scales(weight, gram, grid, found)
+    grid = refit_scales(weight, gram, grid, found).settled()
     return Rounded(descend(weight, gram, grid, found, 1), grid)

@@ -12,8 +12,13 @@ from enum import Enum
 
 import torch
 
-from qserve.kernels.codebook_weight import CodebookWeight
+from qserve.kernels.activations import MAX_FLOAT8
+from qserve.kernels.codebook_weight import CODEBOOK_SIZE, CodebookWeight
+from qserve.kernels.float8_weight import Float8Weight
 from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.quant.formats.layer_format import QuantizedWeight
+from qserve.quant.formats.nested_scales import NestedScales, NestedWeight, nest
+from qserve.quant.formats.writer import Coding
 
 MIN_SCALE = 2.0**-20
 """The smallest scale: 16 units of float16, so still exact to 6 %. A group of zeros has it too."""
@@ -41,13 +46,22 @@ class LevelSet:
     """The levels that a format can express.
 
     zero: of integer codes. codebook: the levels in ascending order, from -1 to 1, instead of
-    integers. scale_dtype: what scales are stored as.
+    integers; more than 16 are those of float8. scale_dtype: what scales are stored as. nested:
+    whether they are quantized themselves (bitsandbytes' double quantization).
     """
 
     bits: int = 4
     zero: Zero = Zero.FREE
     codebook: tuple[float, ...] | None = None
     scale_dtype: torch.dtype = torch.float16
+    nested: bool = False
+
+    @property
+    def coding(self) -> Coding:
+        """What the codes stand for."""
+        if self.codebook is None:
+            return Coding.INTEGER
+        return Coding.CODEBOOK if len(self.codebook) == CODEBOOK_SIZE else Coding.FLOAT8
 
     @property
     def is_symmetric(self) -> bool:
@@ -86,11 +100,21 @@ class Grid:
     Both are float32 for arithmetic, but the scales hold values of their stored type (so that codes
     are chosen for the scale that a reader will see) and the zero points whole numbers of
     ``[0, 2**bits)``: zero is always on the grid. A codebook has no zero points: they are 0.
+    nested: how scales that are quantized themselves are stored, once they are settled.
     """
 
     scales: torch.Tensor
     zero_points: torch.Tensor
     levels: LevelSet
+    nested: NestedScales | None = None
+
+    def settled(self) -> Grid:
+        """The grid ``[N, G]`` of a whole layer with its scales as they are stored."""
+        if not self.levels.nested:
+            return self
+        nested = nest(self.scales.flatten())
+        scales = nested.dequantize().view_as(self.scales)
+        return Grid(scales, self.zero_points, self.levels, nested)
 
     def snap_(self, units: torch.Tensor) -> torch.Tensor:
         """Replace ``units [..., group_size]``, weights over their scales, by the nearest levels."""
@@ -106,7 +130,7 @@ def snapper(levels: LevelSet, zero_points: torch.Tensor) -> Callable[[torch.Tens
     if levels.codebook is not None:
         table = torch.tensor(levels.codebook)
         middles = (table[1:] + table[:-1]) / 2
-        return lambda units: units.copy_(table[torch.bucketize(units, middles)])
+        return lambda units: units.copy_(table[torch.bucketize(units.contiguous(), middles)])
     lowest = -zero_points
     highest = lowest + ((1 << levels.bits) - 1)
     if levels.zero is Zero.CENTERED:
@@ -170,22 +194,22 @@ class Rounded:
         )
         return [Rounded(levels, Grid(s, z, self.grid.levels)) for levels, s, z in parts]
 
-    def pack(self) -> GroupedWeight | CodebookWeight:
+    def pack(self) -> QuantizedWeight:
         """The codes, in the neutral form that every format is written from."""
-        kind = self.grid.levels
-        if kind.codebook is not None:
-            table = torch.tensor(kind.codebook)
-            middles = (table[1:] + table[:-1]) / 2
-            return CodebookWeight(
-                codes=torch.bucketize(self.levels, middles).to(torch.uint8).flatten(1),
-                codebook=table,
-                block_scales=self.grid.scales.flatten(),
-                block_size=self.levels.shape[-1],
+        grid, kind = self.grid, self.grid.levels
+        if kind.coding is Coding.INTEGER:
+            return GroupedWeight(
+                codes=(self.levels + grid.zero_points[..., None]).to(torch.uint8).flatten(1),
+                scales=grid.scales.to(kind.scale_dtype),
+                zero_points=grid.zero_points.to(torch.uint8),
+                bits=kind.bits,
+                group_size=self.levels.shape[-1],
             )
-        return GroupedWeight(
-            codes=(self.levels + self.grid.zero_points[..., None]).to(torch.uint8).flatten(1),
-            scales=self.grid.scales.to(kind.scale_dtype),
-            zero_points=self.grid.zero_points.to(torch.uint8),
-            bits=kind.bits,
-            group_size=self.levels.shape[-1],
-        )
+        if kind.coding is Coding.FLOAT8:
+            values = (self.levels * MAX_FLOAT8).to(torch.float8_e4m3fn).flatten(1)
+            return Float8Weight(values, grid.scales / MAX_FLOAT8, (1, self.levels.shape[-1]))
+        table = torch.tensor(kind.codebook)
+        middles = (table[1:] + table[:-1]) / 2
+        codes = torch.bucketize(self.levels.contiguous(), middles).to(torch.uint8).flatten(1)
+        form = (codes, table, grid.scales.flatten(), self.levels.shape[-1])
+        return CodebookWeight(*form) if grid.nested is None else NestedWeight(*form, grid.nested)

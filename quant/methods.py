@@ -1,46 +1,24 @@
-"""What each method is made of: its levels, its groups, and which steps choose the codes."""
+"""What each method is made of: its levels, its groups, which steps choose the codes, its format."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
 
-from qserve.kernels.activations import Activations
+from qserve.kernels.activations import MAX_FLOAT8, Activations
+from qserve.quant.formats.bitsandbytes import CODEBOOKS
+from qserve.quant.formats.registry import OutputFormat
+from qserve.quant.formats.writer import LayerScheme
 from qserve.quant.grid import LevelSet, Zero
 from qserve.quant.options import GROUP_SIZES, Method, QuantizeOptions, Rounding
 
 WHOLE_ROW = -1
 """The group size of one scale for each output."""
 
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-"""Levels of equal probability under a normal distribution (QLoRA, Dettmers et al. 2023), as
-bitsandbytes stores them."""
-
-FP4 = tuple(
-    sign * value / 12
-    for sign, values in ((-1, (12, 8, 6, 4, 3, 2, 0.0625)), (1, (0, 0, 0.0625, 2, 3, 4, 6, 8, 12)))
-    for value in values
-)
-"""The levels of bitsandbytes' fp4 in ascending order; both signs of zero are the same level."""
+ROWS = (WHOLE_ROW,)
+INT8 = LevelSet(8, Zero.CENTERED, scale_dtype=torch.float32)
 
 
 class Transform(Enum):
@@ -59,39 +37,102 @@ class Transform(Enum):
 class Profile:
     """A method, taken apart.
 
-    group_sizes: what may be chosen from, coarsest first. calibrated: whether text is read; without
-    it every group spans its weights and each weight is rounded alone. multiple: of outputs, and of
-    inputs, that the format packs at once.
-    activations: what the result is run with, None for 16 bits.
+    group_sizes: what may be chosen from, the usual ones first. calibrated: whether text is read;
+    without it every group spans its weights and each weight is rounded alone. activations: what
+    the result is run with, None for 16 bits.
     """
 
     levels: LevelSet
     group_sizes: tuple[int, ...]
+    output: OutputFormat
     calibrated: bool = True
     transform: Transform = Transform.SCALE
     rounding: Rounding = Rounding.FEEDBACK
     activations: Activations | None = None
-    multiple: int = 32
+
+    def scheme(self, out_features: int, in_features: int, group_size: int) -> LayerScheme:
+        """How a layer of this shape is coded."""
+        return LayerScheme(
+            out_features,
+            in_features,
+            self.levels.coding,
+            self.levels.bits,
+            in_features if group_size == WHOLE_ROW else group_size,
+            symmetric=self.levels.is_symmetric,
+            nested=self.levels.nested,
+        )
 
 
 def profile_of(options: QuantizeOptions) -> Profile:
     """The profile that the options ask for."""
-    method, bits = options.method, options.code_bits
-    rows = (WHOLE_ROW,)
-    int8 = LevelSet(8, Zero.CENTERED, scale_dtype=torch.float32)
-    if method is Method.GPTQ:
-        sizes = (*GROUP_SIZES, WHOLE_ROW)
-        return Profile(LevelSet(bits, Zero.MIDDLE), sizes, rounding=options.rounding)
-    if method is Method.INT8:
-        return Profile(int8, (*rows, *GROUP_SIZES), transform=Transform.NONE, multiple=1)
-    if method is Method.LLM_INT8:
-        return Profile(int8, rows, calibrated=False, multiple=1)
-    if method is Method.SMOOTHQUANT:
-        token = Activations.INT8_TOKEN
-        return Profile(int8, rows, transform=Transform.SMOOTH, activations=token, multiple=1)
-    if method in (Method.NF4, Method.FP4):
-        table = NF4 if method is Method.NF4 else FP4
-        levels = LevelSet(codebook=table, scale_dtype=torch.float32)
-        return Profile(levels, (64,), rounding=options.rounding)
-    calibrated = method is Method.AWQ
-    return Profile(LevelSet(bits), GROUP_SIZES, calibrated, rounding=options.rounding)
+    profile = _BUILDERS[options.method](options)
+    if options.output is not None:
+        profile = replace(profile, output=options.output)
+    return replace(profile, rounding=options.rounding)
+
+
+def _awq(options: QuantizeOptions) -> Profile:
+    return Profile(LevelSet(options.code_bits), GROUP_SIZES, OutputFormat.AWQ)
+
+
+def _gptq(options: QuantizeOptions) -> Profile:
+    levels = LevelSet(options.code_bits, Zero.MIDDLE)
+    return Profile(levels, (*GROUP_SIZES, WHOLE_ROW), OutputFormat.GPTQ)
+
+
+def _rtn(options: QuantizeOptions) -> Profile:
+    return replace(_awq(options), calibrated=False, transform=Transform.NONE)
+
+
+def _int8(_: QuantizeOptions) -> Profile:
+    sizes = (*ROWS, *GROUP_SIZES)
+    return Profile(INT8, sizes, OutputFormat.COMPRESSED_TENSORS, transform=Transform.NONE)
+
+
+def _llm_int8(_: QuantizeOptions) -> Profile:
+    return Profile(
+        INT8, ROWS, OutputFormat.BITSANDBYTES, calibrated=False, transform=Transform.NONE
+    )
+
+
+def _smoothquant(_: QuantizeOptions) -> Profile:
+    return Profile(
+        INT8,
+        ROWS,
+        OutputFormat.COMPRESSED_TENSORS,
+        transform=Transform.SMOOTH,
+        activations=Activations.INT8_TOKEN,
+    )
+
+
+def _codebook(options: QuantizeOptions) -> Profile:
+    table = tuple(CODEBOOKS[options.method.value].sort().values.tolist())
+    levels = LevelSet(codebook=table, scale_dtype=torch.float32, nested=True)
+    return Profile(levels, (64, 128, 32), OutputFormat.BITSANDBYTES)
+
+
+def _float8(options: QuantizeOptions) -> Profile:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    table = codes[codes.isfinite()].unique() / MAX_FLOAT8  # sorted, and one zero
+    dynamic = options.method is Method.FLOAT8
+    return Profile(
+        LevelSet(8, codebook=tuple(table.tolist()), scale_dtype=torch.float32),
+        ROWS,
+        OutputFormat.COMPRESSED_TENSORS,
+        transform=Transform.NONE,
+        activations=Activations.FLOAT8_TOKEN if dynamic else None,
+    )
+
+
+_BUILDERS = {
+    Method.AWQ: _awq,
+    Method.GPTQ: _gptq,
+    Method.RTN: _rtn,
+    Method.INT8: _int8,
+    Method.LLM_INT8: _llm_int8,
+    Method.SMOOTHQUANT: _smoothquant,
+    Method.NF4: _codebook,
+    Method.FP4: _codebook,
+    Method.FLOAT8: _float8,
+    Method.FLOAT8_WEIGHT: _float8,
+}

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from qserve.quant.errors import OptionError
+from qserve.quant.formats.registry import OutputFormat
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that every reader of the AWQ format takes, coarsest first."""
@@ -39,6 +40,12 @@ class Method(Enum):
     FP4 = "fp4"
     """4-bit floats, stored as bitsandbytes does."""
 
+    FLOAT8 = "fp8"
+    """8-bit floats (e4m3) with one scale a row; activations too, one scale a token."""
+
+    FLOAT8_WEIGHT = "fp8-weight"
+    """8-bit float weights; activations stay in 16 bits."""
+
     LLM_INT8 = "llm-int8"
     """8-bit weights as bitsandbytes' LLM.int8() stores them; reads no text (Dettmers et al.,
     2022)."""
@@ -51,6 +58,8 @@ BITS = {method: (4,) for method in Method} | {
     Method.GPTQ: (4, 3, 2, 8),
     Method.INT8: (8,),
     Method.SMOOTHQUANT: (8,),
+    Method.FLOAT8: (8,),
+    Method.FLOAT8_WEIGHT: (8,),
     Method.LLM_INT8: (8,),
 }
 """Widths of codes that a method can store, its default first."""
@@ -84,7 +93,8 @@ class QuantizeOptions:
     bits: of a code; None takes what the method usually stores.
     group_size: inputs that share a scale, -1 for all of a row; None takes the coarsest that the
         method's format has and that divides every layer.
-    rounding: of AWQ; RTN rounds to nearest.
+    output: the format to write; None takes the method's own.
+    rounding: of the methods that read text.
     calibration: a UTF-8 text file, or one of the sources that need no file. RTN reads none.
     num_samples, seq_len: calibration windows and their length in tokens.
     ignore: regular expressions; a linear layer stays in 16 bits when one is found in its full name
@@ -99,6 +109,7 @@ class QuantizeOptions:
     method: Method = Method.AWQ
     bits: int | None = None
     group_size: int | None = None
+    output: OutputFormat | None = None
     rounding: Rounding = Rounding.FEEDBACK
     calibration: Path | CalibrationSource = CalibrationSource.BUILT_IN
     num_samples: int = 32

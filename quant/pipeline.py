@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant import rtn
 from qserve.quant.block_result import BlockResult
 from qserve.quant.calibrated import CalibratedQuantizer
@@ -20,7 +19,7 @@ from qserve.quant.calibration import Calibration, gather_calibration
 from qserve.quant.decoder import HEAD, Block, Decoder
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.formats.registry import OutputFormat, make_writer
+from qserve.quant.formats.registry import make_writer
 from qserve.quant.formats.shard_writer import ShardWriter
 from qserve.quant.formats.writer import LayerScheme, scheme_of
 from qserve.quant.methods import profile_of
@@ -64,7 +63,7 @@ def quantize(
     calibration = run.prepare()
     run.quantize_blocks(progress)
     run.write_rest()
-    write_config(out, source.config, run.config_block())
+    write_config(out, source.config, run.config_block(), side_file=run.side_file)
     copy_files(source.folder, out)
     report = run.report(calibration, time.perf_counter() - started)
     report.write(out)
@@ -80,7 +79,6 @@ class _Run:
         self._decoder = decoder
         self._source = decoder.checkpoint
         self._plan = plan
-        self._profile = profile_of(options)
         self._options = options
         self._writer = writer
         self._results: list[BlockResult] = []
@@ -88,7 +86,9 @@ class _Run:
         self._bfloat16: list[str] = []
         self._packed_bits = 0
         self._schemes: dict[str, LayerScheme] = {}
-        self._format = make_writer(OutputFormat.AWQ, PROGRAM)
+        profile = profile_of(options)
+        self._profile = profile
+        self._format = make_writer(profile.output, PROGRAM, activations=profile.activations)
         self._length = 1
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
             block, plan, self._profile.levels
@@ -122,7 +122,6 @@ class _Run:
     def _write_block(self, block: Block, result: BlockResult) -> None:
         for name, weight in result.weights.items():
             full_name = block.full_name(name)
-            assert isinstance(weight, GroupedWeight)  # AWQ's levels are integers
             try:
                 packed = self._format.encode(weight)
             except ValueError as error:
@@ -152,6 +151,11 @@ class _Run:
             if name not in self._written and not is_tied_head and not name.endswith(COMPUTED):
                 self._write_float(name, self._source.tensor(name))
         self._writer.finish()
+
+    @property
+    def side_file(self) -> str | None:
+        """Another file that holds the quantization too, if the format has one."""
+        return self._format.side_file
 
     def config_block(self) -> dict[str, Any]:
         """The ``quantization_config`` of what was written."""

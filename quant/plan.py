@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from qserve.quant.architecture import Stage
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import OptionError
+from qserve.quant.formats.registry import make_writer
+from qserve.quant.formats.writer import Writer
 from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
 from qserve.quant.options import QuantizeOptions
 
@@ -56,6 +58,7 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
     ``ignore`` that matches nothing, and when nothing is left to quantize.
     """
     block, profile = decoder.skeleton, profile_of(options)
+    writer = make_writer(profile.output, "", activations=profile.activations)
     patterns = [re.compile(pattern) for pattern in options.ignore]
     used: set[re.Pattern[str]] = set()
     skipped: list[SkippedLayer] = []
@@ -66,7 +69,7 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
             matches = {n: p for n, full in names.items() for p in patterns if p.search(full)}
             used.update(p for full in names.values() for p in patterns if p.search(full))
             reasons = {n: f"matches {p.pattern!r}" for n, p in matches.items()}
-            reasons = reasons or _misfits(block, stage, profile)
+            reasons = reasons or _misfits(block, stage, profile, writer)
             if not reasons:
                 included.append(stage)
             skipped += [
@@ -81,27 +84,33 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
                 f"{block.full_name(block.stages[0].linears[0])}"
             )
     if not included:
-        raise OptionError("no linear layer is left to quantize: ignore fewer of them")
+        raise OptionError(
+            f"no linear layer is left to quantize: {skipped[0].name}: {skipped[0].reason}"
+        )
     widths = {name: block.linear(name).in_features for s in included for name in s.linears}
     return Plan(_group_size(options.group_size, widths, profile.group_sizes), tuple(skipped))
 
 
-def _misfits(block: Block, stage: Stage, profile: Profile) -> dict[str, str]:
-    """The layers of a stage that the format cannot hold, with the reason."""
+def _misfits(block: Block, stage: Stage, profile: Profile, writer: Writer) -> dict[str, str]:
+    """The layers of a stage that the format cannot hold in any group size, with the reason."""
     reasons = {}
-    narrowest = profile.group_sizes[-1]
-    in_multiple = narrowest if narrowest != WHOLE_ROW else profile.multiple
     for name in stage.linears:
         layer = block.linear(name)
-        if layer.out_features % profile.multiple:
+        shape = (layer.out_features, layer.in_features)
+        fitting = [size for size in profile.group_sizes if _divides(size, layer.in_features)]
+        refusals = [writer.refusal(profile.scheme(*shape, size)) for size in fitting]
+        if not fitting:
             reasons[name] = (
-                f"{layer.out_features} outputs, the format needs a multiple of {profile.multiple}"
+                f"{layer.in_features} inputs, the format needs a multiple of "
+                f"{min(profile.group_sizes)}"
             )
-        elif layer.in_features % in_multiple:
-            reasons[name] = (
-                f"{layer.in_features} inputs, the format needs a multiple of {in_multiple}"
-            )
+        elif refusals[-1] is not None:
+            reasons[name] = refusals[-1]
     return reasons
+
+
+def _divides(group_size: int, width: int) -> bool:
+    return group_size == WHOLE_ROW or width % group_size == 0
 
 
 def _follows(reasons: dict[str, str]) -> str:
@@ -110,11 +119,7 @@ def _follows(reasons: dict[str, str]) -> str:
 
 def _group_size(asked: int | None, widths: dict[str, int], sizes: tuple[int, ...]) -> int:
     """The group size for layers with these numbers of inputs: one of ``sizes``."""
-
-    def divides(size: int, width: int) -> bool:
-        return size == WHOLE_ROW or width % size == 0
-
-    fitting = [size for size in sizes if all(divides(size, width) for width in widths.values())]
+    fitting = [size for size in sizes if all(_divides(size, w) for w in widths.values())]
     if asked is None:
         return fitting[0]
     if asked not in sizes:

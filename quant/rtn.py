@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from qserve.quant.block_result import BlockResult, QuantizedWeight
+from qserve.quant.block_result import BlockResult
 from qserve.quant.decoder import Block
+from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.grid import LevelSet, Rounded, grid_over_all, nearest_levels
 from qserve.quant.options import Rounding
 from qserve.quant.plan import Plan
@@ -25,7 +26,7 @@ def quantize_block(block: Block, plan: Plan, levels: LevelSet) -> BlockResult:
         for name in stage.linears:
             weight = block.linear(name).weight.detach()
             groups = weight.unflatten(1, (-1, plan.group_in(weight.shape[1])))
-            grid = grid_over_all(groups, levels)
+            grid = grid_over_all(groups, levels).settled()
             rounded = Rounded(nearest_levels(groups, grid), grid)
             weights[name] = rounded.pack()
             energy = weight.square().sum(dtype=torch.float64)

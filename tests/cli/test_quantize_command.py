@@ -31,7 +31,9 @@ def test_rounding_writes_a_checkpoint_and_says_what_it_cost(
 ) -> None:
     done = qserve("quantize", tiny_llama, "--rtn", "-o", out)
     assert done.code == ExitCode.OK
-    assert done.err.startswith("groups of 64: the largest of 128, 64 and 32 that fits every layer")
+    assert done.err.startswith(
+        "groups of 64: the coarsest that the method has and that fits every layer"
+    )
     text = "".join(done.out.split())  # without the table's line breaks
     for part in ("sizebefore", "sizeafter", "4.312", "peakmemory", "quantization_report.json"):
         assert part in text
@@ -128,7 +130,14 @@ OPTIONS = {
     "regex matches nothing": (("--ignore", "conv"), ExitCode.USAGE, "'conv' matches no linear"),
     "regex matches all": (("--ignore", "proj"), ExitCode.USAGE, "no linear layer is left"),
     "rounding": (("--rounding", "up"), ExitCode.USAGE, "'up' is not one of"),
-    "unknown option": (("--gptq",), ExitCode.USAGE, "--gptq"),
+    "unknown option": (("--ggml",), ExitCode.USAGE, "--ggml"),
+    "two methods": (("--gptq", "--method", "awq"), ExitCode.USAGE, "contradict each other"),
+    "bits of the method": (("--gptq", "--bits", "5"), ExitCode.USAGE, "4 or 3 or 2 or 8-bit"),
+    "format of the method": (
+        ("--nf4", "--format", "gptq"),
+        ExitCode.USAGE,
+        "no linear layer is left to quantize: .*GPTQ holds integer codes",
+    ),
     "windows beyond the context": (("--seq-len", "513"), ExitCode.CALIBRATION, "513 tokens"),
     "no such text": (("--calibration", "no.txt"), ExitCode.CALIBRATION, "no.txt cannot be read"),
     "text is a folder": (("--calibration", "folder"), ExitCode.CALIBRATION, "cannot be read"),

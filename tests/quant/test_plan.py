@@ -53,10 +53,10 @@ def test_shapes_that_the_format_cannot_hold_stay_in_16_bits(make_tiny_llama: Mak
     reasons = {layer.name.rpartition(".")[2]: layer.reason for layer in plan.skipped}
     assert reasons == {
         "q_proj": "runs fused with self_attn.k_proj, self_attn.v_proj, which stays in 16 bits",
-        "k_proj": "16 outputs, the format needs a multiple of 32",
-        "v_proj": "16 outputs, the format needs a multiple of 32",
-        "gate_proj": "144 outputs, the format needs a multiple of 32",
-        "up_proj": "144 outputs, the format needs a multiple of 32",
+        "k_proj": "AWQ gemm needs a multiple of 32 outputs, got 16",
+        "v_proj": "AWQ gemm needs a multiple of 32 outputs, got 16",
+        "gate_proj": "AWQ gemm needs a multiple of 32 outputs, got 144",
+        "up_proj": "AWQ gemm needs a multiple of 32 outputs, got 144",
         "down_proj": "144 inputs, the format needs a multiple of 32",
     }
     assert plan.group_size == 64  # of what is left
