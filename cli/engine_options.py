@@ -13,7 +13,21 @@ from qserve.cli.cache import WEIGHT_CACHE_VARIABLE, cache_folder, weight_cache_f
 from qserve.cli.console import say
 
 AUTO = "auto"
-KV_DTYPES = {"auto": "float16", "fp16": "float16", "bf16": "bfloat16"}  # shorter names
+KV_CACHE_DTYPES = {  # our names and vLLM's, to those of KvFormat
+    "auto": "float16",
+    "float16": "float16",
+    "fp16": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float32": "float32",
+    "fp8": "fp8",
+    "fp8_e4m3": "fp8",
+    "fp8_per_token_head": "fp8",
+    "int8": "int8",
+    "int8_per_token_head": "int8",
+    "int4": "int4",
+    "int4_per_token_head": "int4",
+}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -40,8 +54,9 @@ OPTIONS = (
         "--kv-cache-dtype",
         default="auto",
         show_default=True,
-        type=click.Choice(["auto", "float16", "fp16", "bfloat16", "bf16", "float32"]),
-        help="How keys and values are kept.",
+        type=click.Choice(list(KV_CACHE_DTYPES)),
+        metavar="[auto|float16|bfloat16|float32|fp8|int8|int4]",
+        help="How keys and values are kept: int8 holds nearly twice the tokens, int4 3.5 times.",
     ),
     click.option(
         "--weight-cache",
@@ -64,15 +79,15 @@ def engine_options(command: Command) -> Command:
 def read_engine_options(options: dict[str, Any]) -> dict[str, Any]:
     """The fields of ``EngineConfig`` that the options set; None where the engine decides."""
     from qserve.kernels.activations import Activations
-    from qserve.serve.config import HeadDtype, KVDtype
+    from qserve.kernels.kv_cache import KvFormat
+    from qserve.serve.config import HeadDtype
 
     activations, head_dtype = options["activations"], options["head_dtype"]
-    kv_dtype = options["kv_cache_dtype"]
     return {
         "num_threads": options["threads"],
         "activations": None if activations == AUTO else Activations(activations),
         "head_dtype": None if head_dtype == AUTO else HeadDtype(head_dtype),
-        "kv_dtype": KVDtype(KV_DTYPES.get(kv_dtype, kv_dtype)),
+        "kv_format": KvFormat(KV_CACHE_DTYPES[options["kv_cache_dtype"]]),
         "weight_cache": weight_cache_folder(os.environ, options["weight_cache"]),
     }
 

@@ -83,7 +83,7 @@ def _describe(
     names = config.served_model_names or (checkpoint.folder.resolve().name,)
     extras: dict[str, Any] = {
         "quantization": checkpoint.method,
-        "kv_cache_dtype": engine_config.kv_dtype.value,
+        "kv_cache_dtype": engine_config.kv_format.value,
         "weights_bytes": sum(path.stat().st_size for path in set(checkpoint.tensor_files.values())),
     }
     computed = replace(engine_config, weight_cache=None)  # where weights lie changes no result

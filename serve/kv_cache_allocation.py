@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from qserve.kernels.kv_cache import LayerCache
+from qserve.kernels.kv_cache import KvFormat, LayerCache
 from qserve.serve.config import EngineConfig
 from qserve.serve.errors import KVCacheTooSmall, StartupError
 from qserve.serve.models.llama_config import LlamaConfig
@@ -59,26 +55,15 @@ def plan_kv_cache(model: LlamaConfig, config: EngineConfig, free_bytes: int) -> 
 
 
 def bytes_per_token(model: LlamaConfig, config: EngineConfig) -> int:
-    """Bytes of keys and values of one token in all layers."""
-    itemsize = getattr(torch, config.kv_dtype.value).itemsize
-    return int(2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize)
+    """Bytes of keys and values of one token in all layers, with their scales and offsets."""
+    row_bytes = config.kv_format.row_bytes(model.head_dim)
+    return 2 * model.num_layers * model.num_kv_heads * row_bytes
 
 
-def allocate_kv_cache(
-    model: LlamaConfig, plan: KVCachePlan, dtype: torch.dtype
-) -> list[LayerCache]:
+def allocate_kv_cache(model: LlamaConfig, plan: KVCachePlan, format: KvFormat) -> list[LayerCache]:
     """The cache of every layer, zeroed. The system gives the memory when a block is first used."""
-    shape = (plan.num_blocks, model.num_kv_heads, plan.block_size, model.head_dim)
-    return [
-        LayerCache(_untouched_zeros(shape, dtype), _untouched_zeros(shape, dtype))
-        for _ in range(model.num_layers)
-    ]
-
-
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Like ``torch.zeros``, which writes its zeros and so takes the memory of the whole cache."""
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    sizes = (plan.num_blocks, model.num_kv_heads, plan.block_size, model.head_dim)
+    return [LayerCache.allocate(format, *sizes) for _ in range(model.num_layers)]
 
 
 def free_memory() -> int:

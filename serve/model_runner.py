@@ -61,8 +61,7 @@ class ModelRunner:
             self.plan.max_model_len,
         )
         weights.finish()
-        dtype: torch.dtype = getattr(torch, config.kv_dtype.value)
-        self._caches = allocate_kv_cache(model_config, self.plan, dtype)
+        self._caches = allocate_kv_cache(model_config, self.plan, config.kv_format)
         self._batches = BatchBuilder(self.limits, config.block_size)
         self._programs: dict[int, Program] = {}  # by the number of sequences
         self._records_programs = native.available()

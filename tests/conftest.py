@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -62,8 +62,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_tiny_llama(folder: Path, **overrides: Any) -> Path:
-    """Write a random Llama and its tokenizer; ``overrides``: ``LlamaConfig`` fields or ``seed``."""
+    """Write a random Llama and its tokenizer.
+
+    overrides: fields of its config, ``seed``, or ``model_class``, a relative of Llama.
+    """
     torch.manual_seed(overrides.pop("seed", 0))
+    model_class = overrides.pop("model_class", LlamaForCausalLM)
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -80,7 +84,7 @@ def write_tiny_llama(folder: Path, **overrides: Any) -> Path:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).bfloat16()
+    model = model_class(model_class.config_class(**(settings | overrides))).bfloat16()
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 0], pad_token_id=0)
     model.save_pretrained(folder)
     train_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The Llama family: Llama, SmolLM, TinyLlama, Mistral without a sliding window."""
+"""The Llama family: Llama, SmolLM, TinyLlama, Mistral, with its sliding window."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LlamaLayer:
         kv_size = config.num_kv_heads * config.head_dim
         attention = f"{name}.self_attn"
         self.eps = config.rms_norm_eps
-        self.scoring = Scoring(config.head_dim**-0.5)
+        self.scoring = Scoring(config.head_dim**-0.5, config.windows[index])
         self.input_norm = weights.norm(f"{name}.input_layernorm", hidden)
         self.qkv = weights.linear(
             f"{attention}.q_proj",

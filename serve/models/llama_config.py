@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, RopeScaling
+from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.serve.models.mixture_config import MixtureConfig, read_mixture
 
@@ -20,7 +20,10 @@ ARCHITECTURES = (
 
 @dataclass(frozen=True, slots=True)
 class LlamaConfig:
-    """What the forward pass needs to know; names as in transformers, where they agree with ours."""
+    """What the forward pass needs to know; names as in transformers, where they agree with ours.
+
+    windows: of each layer, the positions that a row sees, its own included; None is all before it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -34,6 +37,7 @@ class LlamaConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tie_embeddings: bool
+    windows: tuple[int | None, ...]
     mixture: MixtureConfig | None = None
 
     @classmethod
@@ -44,11 +48,12 @@ class LlamaConfig:
         heads = _positive(config, "num_attention_heads")
         hidden = _positive(config, "hidden_size")
         theta, scaling = _rope(config)
+        num_layers = _positive(config, "num_hidden_layers")
         return cls(
             vocab_size=_positive(config, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_positive(config, "intermediate_size"),
-            num_layers=_positive(config, "num_hidden_layers"),
+            num_layers=num_layers,
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
@@ -57,6 +62,7 @@ class LlamaConfig:
             rope_theta=theta,
             rope_scaling=scaling,
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            windows=_windows(config, architecture, num_layers),
             mixture=read_mixture(config, architecture),
         )
 
@@ -66,17 +72,32 @@ def _check_architecture(config: Mapping[str, Any], architecture: str) -> None:
         raise UnsupportedModelError(
             f"{architecture} cannot be served: expected one of {', '.join(ARCHITECTURES)}"
         )
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is not None and window < _positive(config, "max_position_embeddings"):
-        raise UnsupportedModelError(
-            f"{architecture} with a sliding window of {window} tokens cannot be served: only full "
-            "attention is computed"
-        )
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(
             f"{architecture} with hidden_act {config['hidden_act']!r} cannot be served: expected "
             "'silu'"
         )
+
+
+def _windows(
+    config: Mapping[str, Any], architecture: str, num_layers: int
+) -> tuple[int | None, ...]:
+    """The window of every layer that ``layer_types`` calls sliding, of all where it is not given.
+
+    A Llama has none, whatever its config says.
+    """
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window is None or architecture == "LlamaForCausalLM":
+        return (None,) * num_layers
+    window = _positive(config, "sliding_window")
+    kinds = config.get("layer_types")
+    if kinds is None and "max_window_layers" in config:
+        raise UnsupportedModelError(
+            f"{architecture} with a sliding window of {window} tokens in some layers: config.json "
+            "must say in layer_types in which"
+        )
+    kinds = kinds or ("sliding_attention",) * num_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds[:num_layers])
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -98,12 +119,32 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
                 high_freq_factor=float(block["high_freq_factor"]),
                 original_max_positions=int(block["original_max_position_embeddings"]),
             )
+        if kind == "yarn":
+            return theta, _yarn(block)
     except KeyError as error:
         raise CheckpointError(
             f"config.json asks for {kind} scaling of rotary embeddings without {error}"
         ) from None
     raise UnsupportedModelError(
-        f"rotary embeddings of type {kind!r} are not computed: expected default, linear or llama3"
+        f"rotary embeddings of type {kind!r} are not computed: expected default, linear, "
+        "llama3 or yarn"
+    )
+
+
+def _yarn(block: Mapping[str, Any]) -> YarnScaling:
+    """Absent and null settings have transformers' values."""
+    given = {
+        "attention_factor": block.get("attention_factor"),
+        "beta_fast": block.get("beta_fast") or None,
+        "beta_slow": block.get("beta_slow") or None,
+        "mscale": block.get("mscale"),
+        "mscale_all_dim": block.get("mscale_all_dim"),
+    }
+    return YarnScaling(
+        factor=float(block["factor"]),
+        original_max_positions=int(block["original_max_position_embeddings"]),
+        truncate=bool(block.get("truncate", True)),
+        **{name: float(value) for name, value in given.items() if value is not None},
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from qserve.cli.errors import ExitCode
 from qserve.kernels import native
-from qserve.serve.config import EngineConfig, KVDtype
+from qserve.kernels.kv_cache import KvFormat
+from qserve.serve.config import EngineConfig
 from qserve.serve.engine_benchmark import EngineFigures
 
 FIGURES = EngineFigures(
@@ -64,7 +65,7 @@ def test_the_figures_of_the_engine_come_as_json(
     assert (found["load_s"], found["prefill512_tok_s"]) == (0.512, 1825.5)
     ((folder, config, num_rounds),) = asked
     assert (folder, num_rounds) == (tmp_path, 5)
-    assert (config.num_threads, config.kv_dtype) == (2, KVDtype.BFLOAT16)
+    assert (config.num_threads, config.kv_format) == (2, KvFormat.BFLOAT16)
 
 
 def test_the_table_says_what_share_of_the_memorys_rate_is_used(

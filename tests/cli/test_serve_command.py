@@ -15,7 +15,8 @@ from qserve.cli.errors import ExitCode
 from qserve.cli.main import run
 from qserve.cli.vllm_flags import SWITCH_FLAGS, VALUE_FLAGS, TokenCount
 from qserve.kernels.activations import Activations
-from qserve.serve.config import EngineConfig, HeadDtype, KVDtype
+from qserve.kernels.kv_cache import KvFormat
+from qserve.serve.config import EngineConfig, HeadDtype
 from qserve.serve.server_config import ServerConfig
 
 
@@ -86,7 +87,7 @@ def test_every_option_reaches_its_configuration(parse: Any, tmp_path: Path) -> N
     assert parsed.engine == EngineConfig(
         max_model_len=4000, max_num_seqs=8, max_num_batched_tokens=1024, block_size=32,
         kv_cache_bytes=2**30, num_threads=2, activations=Activations.FLOAT32,
-        head_dtype=HeadDtype.FLOAT, kv_dtype=KVDtype.BFLOAT16, weight_cache=tmp_path,
+        head_dtype=HeadDtype.FLOAT, kv_format=KvFormat.BFLOAT16, weight_cache=tmp_path,
     )  # fmt: skip
 
 
@@ -101,6 +102,19 @@ def test_the_weight_cache_can_be_named_or_off(parse: Any, monkeypatch: pytest.Mo
     assert parse("m", "--weight-cache", "off").engine.weight_cache is None
     monkeypatch.setenv("QSERVE_WEIGHT_CACHE", "off")
     assert parse("m").engine.weight_cache is None
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("auto", KvFormat.FLOAT16), ("fp16", KvFormat.FLOAT16), ("float32", KvFormat.FLOAT32),
+        ("fp8", KvFormat.FLOAT8), ("fp8_e4m3", KvFormat.FLOAT8), ("int8", KvFormat.INT8),
+        ("int8_per_token_head", KvFormat.INT8), ("int4", KvFormat.INT4),
+        ("int4_per_token_head", KvFormat.INT4),
+    ],
+)  # fmt: skip
+def test_the_cache_is_named_as_vllm_names_it(name: str, format: KvFormat, parse: Any) -> None:
+    assert parse("m", "--kv-cache-dtype", name).engine.kv_format is format
 
 
 def test_keys_come_from_the_environment_too(parse: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,24 +13,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.demo_model import find_model
 from qserve.kernels.activations import Activations
 from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.kernels.kv_cache import KvFormat
 from qserve.quant.formats import awq
 from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.source import resolve_model
-from qserve.serve.config import EngineConfig, HeadDtype, KVDtype
+from qserve.serve.config import EngineConfig, HeadDtype
 from qserve.serve.engine import Engine
 from qserve.serve.messages import AddRequest, NewTokens, SamplingParams
 
 GROUP_SIZE = 32
 NUM_TOKENS = 64
 TIE = 1e-3  # a smaller gap between the two best logits is decided by rounding
-EXACT = {"kv_dtype": KVDtype.FLOAT32, "activations": Activations.FLOAT32}
+EXACT = {"kv_format": KvFormat.FLOAT32, "activations": Activations.FLOAT32}
 PROMPTS = [
     tuple(Random(length).choices(range(3, 512), k=length))
     for length in (1, 3, 7, 16, 17, 40, 5, 90)
@@ -75,7 +76,7 @@ def expect_tokens_of_transformers(
     folder: Path, found: list[tuple[int, ...]], prompts: list[tuple[int, ...]] = PROMPTS
 ) -> None:
     """Fail unless each token is transformers' choice, or was within a tie of it."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, tokens in zip(prompts, found, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
@@ -133,6 +134,9 @@ def tiny_awq(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         {"num_key_value_heads": 4, "head_dim": 32},
         {"num_key_value_heads": 1},
         {"head_dim": 8},
+        {"head_dim": 80},
+        {"head_dim": 96, "num_key_value_heads": 1},
+        {"model_class": MistralForCausalLM, "sliding_window": 7},
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
         {
             "rope_parameters": {
@@ -144,6 +148,14 @@ def tiny_awq(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
                 "original_max_position_embeddings": 64,
             }
         },
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
     ],
     ids=[
         "plain",
@@ -152,15 +164,19 @@ def tiny_awq(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "multi-head",
         "multi-query",
         "narrow",
+        "80",
+        "96",
+        "window",
         "linear-rope",
         "llama3-rope",
+        "yarn-rope",
     ],
 )
 def test_a_16_bit_model_gives_the_tokens_of_transformers(
     make_tiny_llama: MakeLlama, variant: dict[str, Any]
 ) -> None:
     folder = make_tiny_llama(**variant)
-    found = generate(load(folder, kv_dtype=KVDtype.FLOAT32), PROMPTS)
+    found = generate(load(folder, kv_format=KvFormat.FLOAT32), PROMPTS)
     expect_tokens_of_transformers(folder, found)
     assert len(set(found)) > 4, "the model says the same whatever it is asked"
 
@@ -202,6 +218,33 @@ def test_a_prompt_alone_gives_the_tokens_it_gives_in_a_batch(either: Path) -> No
     engine = load(either)
     together = generate(engine, PROMPTS)
     assert [generate(engine, [prompt])[0] for prompt in PROMPTS] == together
+
+
+@pytest.mark.parametrize("format", [KvFormat.FLOAT8, KvFormat.INT8, KvFormat.INT4])
+def test_a_quantized_cache_gives_the_same_tokens_alone_and_in_chunks(
+    format: KvFormat, tiny_awq: Path
+) -> None:
+    engine = load(tiny_awq, kv_format=format)
+    together = generate(engine, PROMPTS)
+    assert [generate(engine, [prompt])[0] for prompt in PROMPTS] == together
+    chunked = load(tiny_awq, kv_format=format, max_num_batched_tokens=8, max_num_seqs=8)
+    assert generate(chunked, PROMPTS) == together
+
+
+@pytest.mark.parametrize(
+    ("format", "bound"),
+    [(KvFormat.FLOAT16, 0.01), (KvFormat.INT8, 0.2), (KvFormat.FLOAT8, 0.5), (KvFormat.INT4, 2.0)],
+)
+def test_a_smaller_cache_changes_log_probabilities_by_its_rounding(
+    format: KvFormat, bound: float, tiny_llama: Path
+) -> None:
+    exact = load(tiny_llama, kv_format=KvFormat.FLOAT32)
+    rounded = load(tiny_llama, kv_format=format)
+    farthest = 0.0
+    for prompt in PROMPTS:
+        expected, found = (first_logprobs(engine, prompt) for engine in (exact, rounded))
+        farthest = max(farthest, *(abs(expected[token] - found[token]) for token in expected))
+    assert bound / 20 < farthest < bound
 
 
 @pytest.mark.parametrize("chunk", [8, 16, 64])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qserve.kernels.kv_store import LinearScaling, Llama3Scaling
+from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, YarnScaling
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.serve.models.llama_config import LlamaConfig
 
@@ -60,11 +60,36 @@ def test_the_scaling_of_llama3_is_read() -> None:
     assert read(rope_scaling=scaling).rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
 
 
-def test_mistral_is_a_llama_unless_its_window_is_shorter_than_its_context() -> None:
-    assert read("MistralForCausalLM", sliding_window=None) == read()
-    assert read("MistralForCausalLM", sliding_window=256) == read()
-    with pytest.raises(UnsupportedModelError, match="sliding window of 64"):
-        read("MistralForCausalLM", sliding_window=64)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, YarnScaling(4.0, 8192)),
+        (
+            {"attention_factor": 1.5, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+            YarnScaling(4.0, 8192, 1.5, 16.0, 2.0, truncate=False),
+        ),
+        (
+            {"mscale": 1, "mscale_all_dim": 0.5, "beta_fast": None},
+            YarnScaling(4.0, 8192, mscale=1.0, mscale_all_dim=0.5),
+        ),
+    ],
+    ids=["defaults", "all", "mscale"],
+)
+def test_the_scaling_of_yarn_is_read(changes: dict[str, Any], expected: YarnScaling) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8192}
+    assert read(rope_scaling=scaling | changes).rope_scaling == expected
+
+
+def test_every_layer_of_a_mistral_has_its_window() -> None:
+    assert read("MistralForCausalLM", sliding_window=64).windows == (64, 64)
+    assert read("MistralForCausalLM", sliding_window=None).windows == (None, None)
+    assert read("LlamaForCausalLM", sliding_window=64).windows == (None, None)
+    kinds = ["full_attention", "sliding_attention"]
+    mixed = {"sliding_window": 64, "layer_types": kinds}
+    assert read("MistralForCausalLM", **mixed).windows == (None, 64)
+    assert read("MistralForCausalLM", use_sliding_window=False, **mixed).windows == (None, None)
+    with pytest.raises(CheckpointError, match="sliding_window 0"):
+        read("MistralForCausalLM", sliding_window=0)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +97,8 @@ def test_mistral_is_a_llama_unless_its_window_is_shorter_than_its_context() -> N
     [
         ("GPT2LMHeadModel", {}, "GPT2LMHeadModel"),
         ("LlamaForCausalLM", {"hidden_act": "gelu"}, "gelu"),
-        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "dynamic"}}, "dynamic"),
+        ("MistralForCausalLM", {"sliding_window": 9, "max_window_layers": 1}, "layer_types"),
         ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "a part"),
     ],
 )

@@ -22,11 +22,12 @@ from transformers import (
 
 from qserve.kernels.activations import Activations
 from qserve.kernels.grouped_weight import GroupedWeight
+from qserve.kernels.kv_cache import KvFormat
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats import awq
 from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.serve.config import EngineConfig, HeadDtype, KVDtype
+from qserve.serve.config import EngineConfig, HeadDtype
 from qserve.serve.engine import Engine
 from qserve.serve.messages import AddRequest, NewTokens, SamplingParams
 from qserve.serve.model_runner import ModelRunner
@@ -49,7 +50,7 @@ SIZES: dict[str, Any] = {
 PROMPTS = [tuple(Random(n).choices(range(3, 128), k=n)) for n in (1, 5, 17, 40)]
 EXACT = EngineConfig(
     max_model_len=128,
-    kv_dtype=KVDtype.FLOAT32,
+    kv_format=KvFormat.FLOAT32,
     activations=Activations.FLOAT32,
     head_dtype=HeadDtype.FLOAT,
 )
