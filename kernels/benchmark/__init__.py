@@ -22,6 +22,7 @@ CASES: dict[str, Callable[[ModelShapes], Iterator[Case]]] = {
     "expert_matmul": products.expert_cases,
     "float8_matmul": products.float8_cases,
     "gated_activation": rows.activation_cases,
+    "head_norm": rows.head_norm_cases,
     "int4_matmul": products.int4_cases,
     "int8_matmul": products.int8_cases,
     "kv_store": sequences.store_cases,
@@ -31,6 +32,7 @@ CASES: dict[str, Callable[[ModelShapes], Iterator[Case]]] = {
     "rms_norm": partial(rows.norm_cases, "rms_norm"),
     "rms_norm_int8": partial(rows.norm_cases, "rms_norm_int8"),
     "sample": rows.sample_cases,
+    "soft_cap": rows.soft_cap_cases,
 }
 """The cases of every op in ``backend.OPS``."""
 

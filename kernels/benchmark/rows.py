@@ -10,10 +10,12 @@ import torch
 from qserve.kernels.benchmark.case import Case, ModelShapes, Workload, randn
 from qserve.kernels.cost import Cost
 from qserve.kernels.gated_activation import Gate, gated_activation
+from qserve.kernels.head_norm import head_norm
 from qserve.kernels.layer_norm import layer_norm
 from qserve.kernels.rms_norm import rms_norm
 from qserve.kernels.rms_norm_int8 import rms_norm_int8
 from qserve.kernels.sample import SamplingBatch, sample_tokens
+from qserve.kernels.soft_cap import soft_cap
 
 EPS = 1e-5
 
@@ -32,6 +34,20 @@ def activation_cases(shapes: ModelShapes) -> Iterator[Case]:
             build = partial(_activate, gate, rows, shapes.inner)
             name = f"{gate.value}, inner {shapes.inner}, {rows} rows"
             yield Case("gated_activation", name, build)
+
+
+def head_norm_cases(shapes: ModelShapes) -> Iterator[Case]:
+    """The norm of the heads of the queries."""
+    for rows in shapes.rows:
+        build = partial(_normalize_heads, rows, shapes.num_heads, shapes.head_dim)
+        yield Case("head_norm", f"{shapes.num_heads} x {shapes.head_dim}, {rows} rows", build)
+
+
+def soft_cap_cases(shapes: ModelShapes) -> Iterator[Case]:
+    """The limit for the logits of a few rows."""
+    for rows in shapes.rows[:2]:
+        build = partial(_cap, rows, shapes.vocab_size)
+        yield Case("soft_cap", f"vocabulary {shapes.vocab_size}, {rows} rows", build)
 
 
 def sample_cases(shapes: ModelShapes) -> Iterator[Case]:
@@ -53,6 +69,23 @@ def _normalize(op: str, rows: int, width: int, device: torch.device) -> Workload
     }
     written = x.numel() if op == "rms_norm_int8" else out.nbytes
     return Workload(calls[op], Cost(x.nbytes + 2 * residual.nbytes + written, 4 * x.numel()))
+
+
+def _normalize_heads(rows: int, num_heads: int, head_dim: int, device: torch.device) -> Workload:
+    x, out = (randn(device, rows, num_heads * head_dim) for _ in range(2))
+    weight = torch.ones(head_dim, device=device, dtype=x.dtype)
+    return Workload(
+        call=lambda _: head_norm(x, weight, EPS, out=out),
+        cost=Cost(x.nbytes + out.nbytes, 4 * x.numel()),
+    )
+
+
+def _cap(rows: int, vocab_size: int, device: torch.device) -> Workload:
+    x, out = (randn(device, rows, vocab_size) for _ in range(2))
+    return Workload(
+        call=lambda _: soft_cap(x, 30.0, out=out),
+        cost=Cost(x.nbytes + out.nbytes, 2 * x.numel()),
+    )
 
 
 def _activate(gate: Gate, rows: int, width: int, device: torch.device) -> Workload:

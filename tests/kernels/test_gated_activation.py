@@ -34,6 +34,15 @@ def test_the_gate_opens_the_other_half(
 
 
 @pytest.mark.parametrize("activation", Gate)
+def test_one_step_of_a_bfloat16_gate_exceeds_the_tolerance(activation: Gate) -> None:
+    gate_up = torch.tensor([[1.5, 3.0]], dtype=torch.bfloat16)
+    right = gated_activation(gate_up.float(), activation)
+    gate_up.view(torch.int16)[0, 0] += 1
+    wrong = gated_activation(gate_up.float(), activation)
+    assert (wrong - right).abs() > 1e-3 * right.abs()
+
+
+@pytest.mark.parametrize("activation", Gate)
 @pytest.mark.usefixtures("isa")
 def test_far_from_zero_the_gate_is_open_or_shut(activation: Gate) -> None:
     gate = torch.tensor([-1e30, -200.0, -88.0, -87.0, 87.0, 88.0, 200.0, 1e30])

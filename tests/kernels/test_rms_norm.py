@@ -26,6 +26,14 @@ def test_rows_are_divided_by_their_root_mean_square(
     assert ((rms_norm(x, weight, EPS) - expected).abs() <= 1e-6 * expected.abs()).all()
 
 
+def test_one_step_of_a_bfloat16_input_exceeds_the_tolerance(generator: torch.Generator) -> None:
+    x, weight = torch.randn(2, 64, generator=generator).bfloat16(), torch.ones(64)
+    right = rms_norm(x.float(), weight, EPS)
+    x.view(torch.int16)[1, 7] += 1
+    wrong = rms_norm(x.float(), weight, EPS)
+    assert (wrong - right).abs()[1, 7] > 1e-3 * right.abs()[1, 7]
+
+
 @pytest.mark.usefixtures("isa")
 def test_a_residual_takes_the_sum_and_its_norm_comes_out(generator: torch.Generator) -> None:
     wide = torch.randn(5, 100, generator=generator)
