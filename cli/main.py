@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("qserve.cli.evaluate", "Measure perplexity, and the distance to the float model."),
     "run": ("qserve.cli.run", "Run a recipe: quantize, judge, gate, publish."),
     "recipe": ("qserve.cli.recipe", "Write, check and translate recipes."),
+    "convert": ("qserve.cli.convert", "Write a quantized checkpoint in another format."),
     "inspect": ("qserve.cli.inspection", "Say what a checkpoint holds: layers, bits, sizes."),
     "serve": ("qserve.cli.serve", "Answer over HTTP as an OpenAI-compatible server."),
     "bench": ("qserve.cli.bench", "Measure the engine and the kernels on this machine."),

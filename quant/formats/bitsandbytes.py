@@ -28,6 +28,7 @@ from qserve.kernels.codebook_weight import CodebookWeight
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.formats.layer_format import (
+    HEAD,
     PackedLayer,
     QuantizedWeight,
     StoredTensor,
@@ -159,6 +160,7 @@ class BitsAndBytesWriter:
         if len(codings) != 1:
             raise ValueError("bitsandbytes loads 4 bits or 8 bits, not both in one checkpoint")
         is_int8 = codings == {Coding.INTEGER}
+        left = list(ignored) if HEAD in layers else [*ignored, HEAD]
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": not is_int8,
@@ -168,7 +170,7 @@ class BitsAndBytesWriter:
             "bnb_4bit_compute_dtype": self.dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_threshold": 6.0,
-            "llm_int8_skip_modules": list(ignored) or None,
+            "llm_int8_skip_modules": left or None,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
         }

@@ -43,6 +43,7 @@ from qserve.quant.formats.compressed_schemes import (
 )
 from qserve.quant.formats.layer_format import (
     FLOATS,
+    HEAD,
     PackedLayer,
     QuantizedWeight,
     StoredTensor,
@@ -180,7 +181,8 @@ class CompressedWriter:
         self, layers: Mapping[str, LayerScheme], ignored: Sequence[str]
     ) -> dict[str, Any]:
         """See ``Writer``. Layers that differ are listed by name in the group of their scheme."""
-        return write_schemes(layers, ignored, self.activations, self.kv_cache)
+        left = list(ignored) if HEAD in layers else [*ignored, HEAD]
+        return write_schemes(layers, left, self.activations, self.kv_cache)
 
 
 def _encode_words(weight: GroupedWeight) -> dict[str, torch.Tensor]:

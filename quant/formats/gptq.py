@@ -30,6 +30,7 @@ from qserve.quant.formats.channel_order import group_index, order_by_group
 from qserve.quant.formats.code_width import WIDTHS, widen
 from qserve.quant.formats.layer_format import (
     FLOATS,
+    HEAD,
     PackedLayer,
     QuantizedWeight,
     StoredTensor,
@@ -52,7 +53,6 @@ from qserve.quant.formats.writer import (
 
 READ_BITS = (2, 3, 4, 5, 6, 7, 8)
 WRITTEN_BITS = (2, 3, 4, 8)
-HEAD = "lm_head"
 MULTIPLE = 32  # AutoGPTQ and GPTQModel round inputs and outputs down to it
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 """Widths of the planes of GPTQModel's planar codes, low bits first."""

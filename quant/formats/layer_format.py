@@ -132,6 +132,9 @@ DTYPES = {
 }
 """What safetensors headers call the types."""
 
+HEAD = "lm_head"
+"""The output head, which stays in 16 bits unless a checkpoint says otherwise."""
+
 FLOATS = ("F16", "BF16", "F32")
 """Types of scales."""
 

@@ -99,7 +99,8 @@ class Writer(Protocol):
         """The ``quantization_config`` of ``config.json``.
 
         layers: every layer written, by full name. ignored: full names of the linear layers left in
-        16 bits. Raises ``ValueError`` for layers that differ in what the format states once.
+        16 bits; the output head need not be named. Raises ``ValueError`` for layers that differ in
+        what the format states once.
         """
 
 
