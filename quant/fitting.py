@@ -9,12 +9,11 @@ import torch
 
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError
+from qserve.quant.formats.bitsandbytes import NF4
 from qserve.quant.formats.layer_format import QuantizedWeight
-from qserve.quant.formats.nested_scales import NestedWeight, nest
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.formats.writer import Coding, LayerScheme, Writer, scheme_of
 from qserve.quant.grid import LevelSet, Rounded, Zero, grid_over_all, nearest_levels
-from qserve.quant.methods import NF4
 
 GROUP_SIZES = (128, 64, 32)
 """What engines have kernels for, coarsest first."""
@@ -64,16 +63,8 @@ def split_groups(weight: QuantizedWeight, group_size: int) -> QuantizedWeight:
 def round_again(weight: QuantizedWeight, levels: LevelSet, group_size: int) -> QuantizedWeight:
     """The nearest weight with other levels, each group spanning its values."""
     groups = weight.dequantize().unflatten(1, (-1, group_size))
-    grid = grid_over_all(groups, levels)
-    rounded = Rounded(nearest_levels(groups, grid), grid).pack()
-    if isinstance(rounded, GroupedWeight):
-        return rounded
-    nested = nest(rounded.block_scales)
-    scales = nested.dequantize()
-    units = groups / scales.view(groups.shape[:-1])[..., None]
-    table = rounded.codebook
-    codes = torch.bucketize(units, (table[1:] + table[:-1]) / 2).to(torch.uint8)
-    return NestedWeight(codes.flatten(1), table, scales, group_size, nested)
+    grid = grid_over_all(groups, levels).settled()
+    return Rounded(nearest_levels(groups, grid), grid).pack()
 
 
 def _nearest_scheme(scheme: LayerScheme, output: OutputFormat) -> tuple[LevelSet, int]:
@@ -91,7 +82,9 @@ def _nearest_scheme(scheme: LayerScheme, output: OutputFormat) -> tuple[LevelSet
     if output is OutputFormat.BITSANDBYTES:
         if scheme.bits == 8:
             return LevelSet(8, Zero.CENTERED, scale_dtype=torch.float32), scheme.in_features
-        return LevelSet(4, codebook=NF4, scale_dtype=torch.float32), min(group_size, NF4_BLOCK)
+        table = tuple(NF4.tolist())
+        levels = LevelSet(4, codebook=table, scale_dtype=torch.float32, nested=True)
+        return levels, min(group_size, NF4_BLOCK)
     is_free = output is OutputFormat.GPTQ_V2 and not scheme.symmetric
     zero = Zero.FREE if is_free else Zero.MIDDLE
     return LevelSet(scheme.bits, zero), scheme.in_features if scheme.bits == 8 else group_size
