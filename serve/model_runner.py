@@ -22,7 +22,7 @@ from qserve.serve.kv_cache_allocation import (
     plan_kv_cache,
 )
 from qserve.serve.models.llama import LlamaModel
-from qserve.serve.models.llama_config import LlamaConfig
+from qserve.serve.models.registry import find_architecture
 from qserve.serve.scheduler import Chunk, Limits
 from qserve.serve.weights import WeightReader
 
@@ -43,7 +43,8 @@ class ModelRunner:
         """
         if config.num_threads is not None and native.available():
             native.set_num_threads(config.num_threads)
-        model_config = LlamaConfig.from_json(checkpoint.config, checkpoint.architecture)
+        architecture = find_architecture(checkpoint.architecture)
+        model_config = architecture.read_config(checkpoint.config)
         weights = WeightReader(
             checkpoint, config.activations, config.head_dtype, config.weight_cache
         )
@@ -53,13 +54,7 @@ class ModelRunner:
             config.max_num_seqs, config.max_num_batched_tokens, self.plan.max_model_len
         )
         self.vocab_size = model_config.vocab_size
-        self._model = LlamaModel(
-            model_config,
-            weights,
-            config.max_num_batched_tokens,
-            config.max_num_seqs,
-            self.plan.max_model_len,
-        )
+        self._model = LlamaModel(model_config, weights, architecture.layer, self.limits)
         weights.finish()
         self._caches = allocate_kv_cache(model_config, self.plan, config.kv_format)
         self._batches = BatchBuilder(self.limits, config.block_size)

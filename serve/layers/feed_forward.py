@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from qserve.kernels.gated_activation import gated_activation
+from qserve.kernels.gated_activation import Gate, gated_activation
 from qserve.serve.layers.linear import Linear
 
 
@@ -43,12 +43,16 @@ class Workspace:
 
 
 class GatedFeedForward:
-    """``down(silu(gate(x)) * up(x))``; gate and up are the outputs of one layer, side by side."""
+    """``down(f(gate(x)) * up(x))``, f the ``activation``; gate and up are the outputs of one layer,
+    side by side."""
 
-    def __init__(self, gate_up: Linear, down: Linear, workspace: Workspace) -> None:
+    def __init__(
+        self, gate_up: Linear, down: Linear, activation: Gate, workspace: Workspace
+    ) -> None:
         self.nbytes = gate_up.nbytes + down.nbytes
         self._gate_up = gate_up
         self._down = down
+        self._activation = activation
         inner = down.in_features
         self._halves = workspace.get(f"gate and up of {inner}", 2 * inner)
         self._activated = workspace.get(f"activated {inner}", inner)
@@ -57,5 +61,5 @@ class GatedFeedForward:
         """See ``FeedForward``."""
         halves, activated = self._halves[: x.size(0)], self._activated[: x.size(0)]
         self._gate_up(x, halves)
-        gated_activation(halves, out=activated)
+        gated_activation(halves, self._activation, out=activated)
         self._down(activated, out)

@@ -1,4 +1,4 @@
-"""The sizes and constants of a Llama, read from its ``config.json`` and checked."""
+"""The sizes and constants of a Llama or a relative, read from its ``config.json`` and checked."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from qserve.kernels.gated_activation import Gate
+from qserve.kernels.kv_store import RopeScaling
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
-from qserve.serve.models.mixture_config import MixtureConfig, read_mixture
+from qserve.serve.models.mixture_config import MixtureConfig
+from qserve.serve.models.rope_config import read_rope
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2MoeForCausalLM",
-)
+GATES = {
+    "silu": Gate.SILU,
+    "swish": Gate.SILU,
+    "gelu": Gate.GELU,
+    "gelu_new": Gate.GELU_TANH,
+    "gelu_pytorch_tanh": Gate.GELU_TANH,
+}
+"""Activations of the feed-forward gate, by transformers' names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,12 @@ class LlamaConfig:
     """What the forward pass needs to know; names as in transformers, where they agree with ours.
 
     windows: of each layer, the positions that a row sees, its own included; None is all before it.
+    What follows has the values of a Llama, see serve/models/families.py for the others.
+    rotary_share: the part of each head that is rotated. unrotated_layers: those without positions.
+    has_head_norms: queries and keys are normed, each head on its own. has_joined_tensors: the
+    checkpoint holds q, k and v, and gate and up, as one tensor. norm_offset: see ``rms_norm``.
+    embedding_scale: what embeddings are multiplied by. attention_scale: of the dot products; None
+    is ``head_dim ** -0.5``.
     """
 
     vocab_size: int
@@ -38,118 +48,69 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None
     tie_embeddings: bool
     windows: tuple[int | None, ...]
+    gate: Gate = Gate.SILU
     mixture: MixtureConfig | None = None
+    rotary_share: float = 1.0
+    unrotated_layers: frozenset[int] = frozenset()
+    has_head_norms: bool = False
+    has_joined_tensors: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
 
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any], architecture: str) -> LlamaConfig:
-        """Raises ``UnsupportedModelError`` for a model that is not computed like a Llama, and
-        ``CheckpointError`` for a config that lacks a size."""
-        _check_architecture(config, architecture)
-        heads = _positive(config, "num_attention_heads")
-        hidden = _positive(config, "hidden_size")
-        theta, scaling = _rope(config)
-        num_layers = _positive(config, "num_hidden_layers")
-        return cls(
-            vocab_size=_positive(config, "vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=_positive(config, "intermediate_size"),
-            num_layers=num_layers,
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_positions=_positive(config, "max_position_embeddings"),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            windows=_windows(config, architecture, num_layers),
-            mixture=read_mixture(config, architecture),
-        )
+    @property
+    def q_size(self) -> int:
+        """Elements of the queries of a token."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Elements of the keys, or the values, of a token."""
+        return self.num_kv_heads * self.head_dim
 
 
-def _check_architecture(config: Mapping[str, Any], architecture: str) -> None:
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"{architecture} cannot be served: expected one of {', '.join(ARCHITECTURES)}"
-        )
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(
-            f"{architecture} with hidden_act {config['hidden_act']!r} cannot be served: expected "
-            "'silu'"
-        )
+def read_llama(config: Mapping[str, Any], tied: bool = False) -> LlamaConfig:
+    """A Llama: no windows, whatever its config says.
 
-
-def _windows(
-    config: Mapping[str, Any], architecture: str, num_layers: int
-) -> tuple[int | None, ...]:
-    """The window of every layer that ``layer_types`` calls sliding, of all where it is not given.
-
-    A Llama has none, whatever its config says.
+    tied: whether the output head is the embedding where the config does not say it. Raises
+    ``UnsupportedModelError`` for what is not computed, ``CheckpointError`` for a config that lacks
+    a size.
     """
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is None or architecture == "LlamaForCausalLM":
-        return (None,) * num_layers
-    window = _positive(config, "sliding_window")
-    kinds = config.get("layer_types")
-    if kinds is None and "max_window_layers" in config:
-        raise UnsupportedModelError(
-            f"{architecture} with a sliding window of {window} tokens in some layers: config.json "
-            "must say in layer_types in which"
-        )
-    kinds = kinds or ("sliding_attention",) * num_layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds[:num_layers])
-
-
-def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling, from ``rope_parameters`` or the keys that transformers 4 wrote."""
-    block = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(block.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = block.get("rope_type") or block.get("type") or "default"
-    if block.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedModelError("rotary embeddings of a part of each head are not computed")
-    if kind == "default":
-        return theta, None
-    try:
-        if kind == "linear":
-            return theta, LinearScaling(float(block["factor"]))
-        if kind == "llama3":
-            return theta, Llama3Scaling(
-                factor=float(block["factor"]),
-                low_freq_factor=float(block["low_freq_factor"]),
-                high_freq_factor=float(block["high_freq_factor"]),
-                original_max_positions=int(block["original_max_position_embeddings"]),
-            )
-        if kind == "yarn":
-            return theta, _yarn(block)
-    except KeyError as error:
-        raise CheckpointError(
-            f"config.json asks for {kind} scaling of rotary embeddings without {error}"
-        ) from None
-    raise UnsupportedModelError(
-        f"rotary embeddings of type {kind!r} are not computed: expected default, linear, "
-        "llama3 or yarn"
+    heads, hidden = positive(config, "num_attention_heads"), positive(config, "hidden_size")
+    num_layers = positive(config, "num_hidden_layers")
+    rope = read_rope(config)
+    return LlamaConfig(
+        vocab_size=positive(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=positive(config, "intermediate_size"),
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        max_positions=positive(config, "max_position_embeddings"),
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
+        rotary_share=rope.share,
+        tie_embeddings=bool(config.get("tie_word_embeddings", tied)),
+        windows=(None,) * num_layers,
+        gate=_gate(config.get("hidden_act", "silu")),
     )
 
 
-def _yarn(block: Mapping[str, Any]) -> YarnScaling:
-    """Absent and null settings have transformers' values."""
-    given = {
-        "attention_factor": block.get("attention_factor"),
-        "beta_fast": block.get("beta_fast") or None,
-        "beta_slow": block.get("beta_slow") or None,
-        "mscale": block.get("mscale"),
-        "mscale_all_dim": block.get("mscale_all_dim"),
-    }
-    return YarnScaling(
-        factor=float(block["factor"]),
-        original_max_positions=int(block["original_max_position_embeddings"]),
-        truncate=bool(block.get("truncate", True)),
-        **{name: float(value) for name, value in given.items() if value is not None},
-    )
-
-
-def _positive(config: Mapping[str, Any], key: str) -> int:
+def positive(config: Mapping[str, Any], key: str) -> int:
+    """The size ``key``. Raises ``CheckpointError`` unless it is a positive whole number."""
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
         raise CheckpointError(f"config.json has {key} {value!r}: expected a positive number")
     return value
+
+
+def _gate(name: object) -> Gate:
+    if name not in GATES:
+        raise UnsupportedModelError(
+            f"a model with hidden_act {name!r} cannot be served: expected one of {', '.join(GATES)}"
+        )
+    return GATES[str(name)]

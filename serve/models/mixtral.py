@@ -17,25 +17,28 @@ def read_feed_forward(
     name = f"model.layers.{layer}"
     mixture = config.mixture
     if mixture is not None and mixture.has_experts(layer):
-        return _read_mixture(config.hidden_size, mixture, weights, name, workspace)
-    return _read_gated(
-        weights, f"{name}.mlp", (config.hidden_size, config.intermediate_size), workspace
-    )
+        return _read_mixture(config, mixture, weights, name, workspace)
+    return _read_gated(config, weights, f"{name}.mlp", config.intermediate_size, workspace)
 
 
 def _read_gated(
-    weights: WeightReader, name: str, shape: tuple[int, int], workspace: Workspace
+    config: LlamaConfig, weights: WeightReader, name: str, inner: int, workspace: Workspace
 ) -> GatedFeedForward:
-    """shape: the hidden size and the inner one."""
-    hidden, inner = shape
-    gate_up = weights.linear(f"{name}.gate_proj", f"{name}.up_proj", shape=(2 * inner, hidden))
+    hidden = config.hidden_size
+    parts = ("gate_up_proj",) if config.has_joined_tensors else ("gate_proj", "up_proj")
+    gate_up = weights.linear(*(f"{name}.{part}" for part in parts), shape=(2 * inner, hidden))
     down = weights.linear(f"{name}.down_proj", shape=(hidden, inner))
-    return GatedFeedForward(gate_up, down, workspace)
+    return GatedFeedForward(gate_up, down, config.gate, workspace)
 
 
 def _read_mixture(
-    hidden: int, mixture: MixtureConfig, weights: WeightReader, layer: str, workspace: Workspace
+    config: LlamaConfig,
+    mixture: MixtureConfig,
+    weights: WeightReader,
+    layer: str,
+    workspace: Workspace,
 ) -> Mixture:
+    hidden = config.hidden_size
     names, inner = mixture.names, mixture.intermediate_size
     block = f"{layer}.{names.block}"
     experts = [f"{block}.experts.{index}" for index in range(mixture.num_experts)]
@@ -47,9 +50,7 @@ def _read_mixture(
     shared = None
     if mixture.shared_size:
         shared = SharedExpert(
-            _read_gated(
-                weights, f"{block}.shared_expert", (hidden, mixture.shared_size), workspace
-            ),
+            _read_gated(config, weights, f"{block}.shared_expert", mixture.shared_size, workspace),
             weights.linear(f"{block}.shared_expert_gate", shape=(1, hidden)),
         )
     return Mixture(

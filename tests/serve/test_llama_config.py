@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from qserve.kernels.gated_activation import Gate
 from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, YarnScaling
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.serve.models.llama_config import LlamaConfig
+from qserve.serve.models.registry import find_architecture
 
 BASE: dict[str, Any] = {
     "vocab_size": 100,
@@ -22,7 +24,7 @@ BASE: dict[str, Any] = {
 
 
 def read(architecture: str = "LlamaForCausalLM", **changes: Any) -> LlamaConfig:
-    return LlamaConfig.from_json(BASE | changes, architecture)
+    return find_architecture(architecture).read_config(BASE | changes)
 
 
 def test_sizes_that_are_not_given_follow_from_the_others() -> None:
@@ -88,6 +90,10 @@ def test_every_layer_of_a_mistral_has_its_window() -> None:
     mixed = {"sliding_window": 64, "layer_types": kinds}
     assert read("MistralForCausalLM", **mixed).windows == (None, 64)
     assert read("MistralForCausalLM", use_sliding_window=False, **mixed).windows == (None, None)
+    late: dict[str, Any] = {"sliding_window": 9, "max_window_layers": 1}
+    assert read("Qwen2ForCausalLM", **late).windows == (None, 9)
+    with pytest.raises(CheckpointError, match="1 layer_types for 2 layers"):
+        read("MistralForCausalLM", sliding_window=9, layer_types=["full_attention"])
     with pytest.raises(CheckpointError, match="sliding_window 0"):
         read("MistralForCausalLM", sliding_window=0)
 
@@ -96,10 +102,8 @@ def test_every_layer_of_a_mistral_has_its_window() -> None:
     ("architecture", "changes", "message"),
     [
         ("GPT2LMHeadModel", {}, "GPT2LMHeadModel"),
-        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "gelu"),
+        ("LlamaForCausalLM", {"hidden_act": "relu"}, "relu"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "dynamic"}}, "dynamic"),
-        ("MistralForCausalLM", {"sliding_window": 9, "max_window_layers": 1}, "layer_types"),
-        ("LlamaForCausalLM", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "a part"),
     ],
 )
 def test_what_is_not_computed_is_refused(
@@ -107,6 +111,24 @@ def test_what_is_not_computed_is_refused(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         read(architecture, **changes)
+
+
+def test_what_only_some_relatives_do_is_read_of_them_alone() -> None:
+    changes: dict[str, Any] = {
+        "query_pre_attn_scalar": 64,
+        "attn_logit_softcapping": 50.0,
+        "no_rope_layers": [0],
+    }
+    llama = read(**changes)
+    assert llama == read()
+    assert (llama.rotary_share, llama.gate, llama.norm_offset) == (1.0, Gate.SILU, 0.0)
+    gemma = read("Gemma2ForCausalLM", hidden_act="gelu", sliding_window=8, **changes)
+    assert (gemma.attention_scale, gemma.attention_soft_cap) == (0.125, 50.0)
+    assert (gemma.gate, gemma.embedding_scale, gemma.tie_embeddings) == (Gate.GELU_TANH, 8.0, True)
+    assert (gemma.windows, gemma.logit_soft_cap) == ((8, None), None)
+    smol = read("SmolLM3ForCausalLM", num_hidden_layers=8)
+    assert smol.unrotated_layers == {3, 7}
+    assert read(partial_rotary_factor=0.5).rotary_share == 0.5
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, "64", 1.5])

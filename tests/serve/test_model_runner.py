@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from qserve.kernels.gated_activation import Gate
 from qserve.kernels.program import Program
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.block_manager import BlockManager
@@ -75,7 +76,7 @@ def test_a_recorded_step_gives_the_logits_of_one_that_is_not(
     np.testing.assert_array_equal(np.concatenate(sum(found, [])), np.concatenate(sum(expected, [])))
 
 
-def activate_in_pytorch(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+def activate_in_pytorch(gate_up: torch.Tensor, _: Gate, out: torch.Tensor) -> None:
     gate, up = gate_up.chunk(2, dim=1)
     out.copy_(torch.nn.functional.silu(gate) * up)
 
