@@ -10,6 +10,7 @@ from qserve.kernels.kv_store import cpu, reference
 from qserve.kernels.kv_store.rope import (
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     RopeScaling,
     YarnScaling,
     rope_table,
@@ -19,6 +20,7 @@ from qserve.kernels.rows import check_rows
 __all__ = [
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "RopeScaling",
     "YarnScaling",
     "rope_and_store",

@@ -64,7 +64,21 @@ class YarnScaling:
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
 
-RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True, slots=True)
+class LongRopeScaling:
+    """Each frequency divided by a factor of its own (LongRoPE, Ding et al. 2024), as Phi 3 uses it.
+
+    short_factors: for tables of up to ``original_max_positions``; long_factors: for longer ones.
+    attention_factor: what cosines and sines are multiplied by.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_positions: int
+    attention_factor: float
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 def rope_table(
@@ -75,20 +89,37 @@ def rope_table(
 
     rotary_dim: elements of a head that are rotated, ``head_dim`` or less. Column ``i`` of either
     half turns by ``position * theta ** (-2 i / rotary_dim)``. Raises ``ValueError`` for an odd
-    ``rotary_dim``.
+    ``rotary_dim``, or one that the factors of a ``LongRopeScaling`` do not fit.
     """
     if rotary_dim % 2:
         raise ValueError(f"rotary_dim is {rotary_dim}, expected an even number: pairs are rotated")
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
     frequencies = 1.0 / torch.pow(torch.tensor(theta, dtype=torch.float32), exponents)
-    if scaling is not None:
+    if isinstance(scaling, LongRopeScaling):
+        frequencies = frequencies / _choose_factors(scaling, max_positions, rotary_dim)
+    elif scaling is not None:
         frequencies = _scale(frequencies, theta, scaling)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
     table = torch.cat([angles.cos(), angles.sin()], dim=1)
+    if isinstance(scaling, LongRopeScaling):
+        return table * scaling.attention_factor
     return table * scaling.magnitude if isinstance(scaling, YarnScaling) else table
 
 
-def _scale(frequencies: torch.Tensor, theta: float, scaling: RopeScaling) -> torch.Tensor:
+def _choose_factors(scaling: LongRopeScaling, max_positions: int, rotary_dim: int) -> torch.Tensor:
+    is_long = max_positions > scaling.original_max_positions
+    factors = torch.tensor(scaling.long_factors if is_long else scaling.short_factors)
+    if factors.shape != (rotary_dim // 2,):
+        raise ValueError(
+            f"LongRoPE has {factors.numel()} factors for {rotary_dim} rotated elements, expected "
+            f"{rotary_dim // 2}"
+        )
+    return factors
+
+
+def _scale(
+    frequencies: torch.Tensor, theta: float, scaling: LinearScaling | Llama3Scaling | YarnScaling
+) -> torch.Tensor:
     if isinstance(scaling, LinearScaling):
         return frequencies / scaling.factor
     if isinstance(scaling, YarnScaling):

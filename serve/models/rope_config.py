@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qserve.kernels.kv_store import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from qserve.kernels.kv_store import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnScaling,
+)
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 
 
@@ -28,7 +35,12 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     block = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(block.get("rope_theta") or config.get("rope_theta") or 10000.0)
     share = block.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return Rope(theta, float(share), _read_scaling(block))
+    lengths = {
+        key: config[key]
+        for key in ("max_position_embeddings", "original_max_position_embeddings")
+        if key in config
+    }
+    return Rope(theta, float(share), _read_scaling({**lengths, **block}))
 
 
 def _read_scaling(block: Mapping[str, Any]) -> RopeScaling | None:
@@ -47,13 +59,15 @@ def _read_scaling(block: Mapping[str, Any]) -> RopeScaling | None:
             )
         if kind == "yarn":
             return _read_yarn(block)
+        if kind in ("longrope", "su"):
+            return _read_longrope(block)
     except KeyError as error:
         raise CheckpointError(
             f"config.json asks for {kind} scaling of rotary embeddings without {error}"
         ) from None
     raise UnsupportedModelError(
         f"rotary embeddings of type {kind!r} are not computed: expected default, linear, "
-        "llama3 or yarn"
+        "llama3, yarn or longrope"
     )
 
 
@@ -71,4 +85,19 @@ def _read_yarn(block: Mapping[str, Any]) -> YarnScaling:
         original_max_positions=int(block["original_max_position_embeddings"]),
         truncate=bool(block.get("truncate", True)),
         **{name: float(value) for name, value in given.items() if value is not None},
+    )
+
+
+def _read_longrope(block: Mapping[str, Any]) -> LongRopeScaling:
+    """The attention factor that is not given is the paper's, as transformers computes it."""
+    original = int(block["original_max_position_embeddings"])
+    attention_factor = block.get("attention_factor")
+    if attention_factor is None:
+        stretch = float(block.get("factor") or block["max_position_embeddings"] / original)
+        attention_factor = math.sqrt(1 + math.log(max(stretch, 1.0)) / math.log(original))
+    return LongRopeScaling(
+        short_factors=tuple(map(float, block["short_factor"])),
+        long_factors=tuple(map(float, block["long_factor"])),
+        original_max_positions=original,
+        attention_factor=float(attention_factor),
     )

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from qserve.kernels.kv_store import (
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     RopeScaling,
     YarnScaling,
     rope_table,
@@ -23,6 +24,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+LONG_FACTORS = tuple(1.0 + i for i in range(32))
+SHORT_FACTORS = tuple(1.0 + i / 8 for i in range(32))
+LONGROPE = {"rope_type": "longrope", "short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS}
 YARN = {"rope_type": "yarn", "original_max_position_embeddings": 512}
 
 
@@ -47,8 +51,17 @@ YARN = {"rope_type": "yarn", "original_max_position_embeddings": 512}
             {**YARN, "factor": 4.0, "beta_fast": 1.0, "beta_slow": 1.0, "truncate": False},
             YarnScaling(4.0, 512, beta_fast=1.0, beta_slow=1.0, truncate=False),
         ),
+        (
+            {**LONGROPE, "original_max_position_embeddings": 512, "attention_factor": 1.25},
+            LongRopeScaling(SHORT_FACTORS, LONG_FACTORS, 512, 1.25),
+        ),
+        (
+            {**LONGROPE, "original_max_position_embeddings": 700, "attention_factor": 1.0},
+            LongRopeScaling(SHORT_FACTORS, LONG_FACTORS, 700, 1.0),
+        ),
     ],
-    ids=["default", "linear", "llama3", "yarn", "1", "attention factor", "betas", "mscale", "step"],
+    ids=["default", "linear", "llama3", "yarn", "1", "attention factor", "betas", "mscale", "step"]
+    + ["long", "short"],
 )
 def test_the_table_has_the_angles_of_transformers(
     parameters: dict[str, Any], scaling: RopeScaling | None
@@ -69,3 +82,5 @@ def test_the_table_has_the_angles_of_transformers(
 def test_an_odd_width_is_refused() -> None:
     with pytest.raises(ValueError, match="even"):
         rope_table(33, 10, 10000.0)
+    with pytest.raises(ValueError, match="32 factors for 32 rotated elements"):
+        rope_table(32, 10, 10000.0, LongRopeScaling(SHORT_FACTORS, LONG_FACTORS, 512, 1.0))

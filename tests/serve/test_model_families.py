@@ -71,6 +71,20 @@ CASES = [
         {"rotary_share": 0.5, "has_joined_tensors": True},
     ),
     (
+        "Phi3ForCausalLM",
+        {
+            "original_max_position_embeddings": 128,
+            "max_position_embeddings": 512,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0 + i / 4 for i in range(8)],
+                "long_factor": [2.0 + i for i in range(8)],
+            },
+        },
+        {"max_positions": 512},
+    ),
+    (
         "SmolLM3ForCausalLM",
         {"no_rope_layers": [1, 0, 1]},
         {"unrotated_layers": frozenset({1}), "tie_embeddings": True},
