@@ -9,7 +9,7 @@ import torch
 
 from qserve.kernels import int8_matmul, native
 from qserve.kernels.activations import Activations
-from qserve.kernels.grouped_weight import GroupedWeight, concatenate_rows, joinable
+from qserve.kernels.joined_rows import join_rows
 from qserve.kernels.linear_weight import NeutralWeight, prepare_linear, shape_of
 from qserve.kernels.packed_weight import PackedWeight, from_native
 from qserve.quant.errors import CheckpointError
@@ -114,13 +114,10 @@ class WeightReader:
 def _join(
     weights: list[NeutralWeight], biases: list[torch.Tensor | None]
 ) -> list[tuple[NeutralWeight, torch.Tensor | None]]:
-    """The weights with their biases: as one where their formats agree, else one by one."""
-    grouped = [weight for weight in weights if isinstance(weight, GroupedWeight)]
-    dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
-    if len(grouped) == len(weights) and joinable(grouped):
-        return [(concatenate_rows(grouped), _join_biases(weights, biases))]
-    if len(dense) == len(weights) and len({weight.dtype for weight in dense}) == 1:
-        return [(torch.cat(dense), _join_biases(weights, biases))]
+    """The weights with their biases: as one where their forms agree, else one by one."""
+    joined = join_rows(weights)
+    if joined is not None:
+        return [(joined, _join_biases(weights, biases))]
     return list(zip(weights, biases, strict=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,17 @@ import torch
 from safetensors.torch import save_file
 
 from qserve.kernels.activations import Activations
+from qserve.kernels.codebook_weight import CodebookWeight
+from qserve.kernels.float8_weight import Float8Weight
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats import awq
 from qserve.quant.formats.awq import AwqWriter
+from qserve.quant.formats.bitsandbytes import CODEBOOKS
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.layer_format import QuantizedWeight
+from qserve.quant.formats.registry import OutputFormat, make_writer
+from qserve.quant.formats.writer import scheme_of
 from qserve.serve.config import HeadDtype
 from qserve.serve.layers.linear import Linear
 from qserve.serve.weights import WeightReader
@@ -78,6 +85,71 @@ def test_packed_layers_of_one_input_are_joined(tmp_path: Path) -> None:
     layer = WeightReader(checkpoint, Activations.FLOAT32).linear("q", "k", shape=(96, INPUTS))
     expected = torch.cat([X @ w.dequantize().T for w in weights.values()], dim=1)
     torch.testing.assert_close(run(layer), expected, rtol=1e-4, atol=1e-3)
+
+
+def rounded_to_rows(outputs: int, seed: int) -> GroupedWeight:
+    """8 bits, symmetric, with one scale a row."""
+    weight = random_weight(outputs, seed).float()
+    scales = weight.abs().amax(1, keepdim=True) / 127
+    codes = (weight / scales).round() + 128
+    return GroupedWeight(codes.byte(), scales, torch.full_like(scales, 128).byte(), 8, INPUTS)
+
+
+def ordered(outputs: int, seed: int) -> GroupedWeight:
+    """Symmetric, with the inputs of q and k in one order of their own."""
+    plain = random_grouped(outputs, seed)
+    order = torch.randperm(INPUTS, generator=torch.Generator().manual_seed(5))
+    order = torch.cat([part.sort().values for part in order.split(GROUP_SIZE)])
+    middle = torch.full_like(plain.zero_points, 8)
+    return GroupedWeight(plain.codes, plain.scales, middle, 4, GROUP_SIZE, order)
+
+
+def in_floats8(outputs: int, seed: int) -> Float8Weight:
+    values = random_weight(outputs, seed).to(torch.float8_e4m3fn)
+    generator = torch.Generator().manual_seed(seed)
+    return Float8Weight(values, torch.rand(outputs, 1, generator=generator) + 0.5, (1, INPUTS))
+
+
+def in_nf4(outputs: int, seed: int) -> CodebookWeight:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (outputs, INPUTS), generator=generator).byte()
+    return CodebookWeight(codes, CODEBOOKS["nf4"], torch.rand(outputs, generator=generator), 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "output", "made_for"),
+    [
+        (ordered, OutputFormat.GPTQ, None),
+        (in_nf4, OutputFormat.BITSANDBYTES, None),
+        (rounded_to_rows, OutputFormat.COMPRESSED_TENSORS, Activations.INT8_TOKEN),
+        (in_floats8, OutputFormat.COMPRESSED_TENSORS, Activations.FLOAT8_TOKEN),
+    ],
+    ids=["activation order", "codebook", "int8", "float8"],
+)
+def test_weights_of_every_form_are_joined_and_computed_as_their_checkpoint_asks(
+    tmp_path: Path,
+    make: Callable[[int, int], QuantizedWeight],
+    output: OutputFormat,
+    made_for: Activations | None,
+) -> None:
+    weights = {"q": make(64, 1), "k": make(32, 2)}
+    writer = make_writer(output, "qserve test", activations=made_for)
+    tensors = {
+        f"{name}.{key}": value
+        for name, weight in weights.items()
+        for key, value in writer.encode(weight).items()
+    }
+    schemes = {name: scheme_of(weight) for name, weight in weights.items()}
+    checkpoint = write(tmp_path, tensors, writer.config_block(schemes, []))
+    reader = WeightReader(checkpoint)
+    assert reader.activations is (made_for or Activations.INT8)
+    layer = reader.linear("q", "k", shape=(96, INPUTS))
+    assert len(layer.weights) == 1
+    expected = torch.cat([X @ w.dequantize().T for w in weights.values()], dim=1)
+    error = (run(layer) - expected).abs().max() / expected.abs().max()
+    assert 0 < float(error) < 0.05, "activations in 8 bits"
+    exact = WeightReader(checkpoint, Activations.FLOAT32).linear("q", "k", shape=(96, INPUTS))
+    torch.testing.assert_close(run(exact), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_layer_that_was_left_in_16_bits_lies_beside_packed_ones(tmp_path: Path) -> None:
