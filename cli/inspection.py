@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qserve.cli.cache import cache_folder
+from qserve.cli.checkpoint_verdict import judge
 from qserve.cli.console import print_table, say
 from qserve.cli.quantities import format_bytes
 
@@ -92,12 +93,32 @@ def _print_layers(layers: tuple[Layer, ...]) -> None:
 @click.command(short_help="Say what a checkpoint holds: layers, bits, sizes.")
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def command(model: str, as_json: bool) -> None:
+@click.option("--check", is_flag=True, help="Read every tensor and tell what is wrong.")
+@click.option(
+    "--repair",
+    "mended",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Check, and write a mended copy.",
+)
+@click.option(
+    "--for",
+    "engines",
+    metavar="ENGINES",
+    help="Say whether it will load in these, such as vllm,transformers,sglang.",
+)
+def command(
+    model: str, as_json: bool, check: bool, mended: Path | None, engines: str | None
+) -> None:
     """Say what MODEL holds: architecture, format, bits, sizes, layer by layer.
 
     MODEL is a checkpoint folder, a .gguf file or a hub id. Only headers are read, so this takes
-    a moment whatever the size of the model.
+    a moment whatever the size of the model. With --check, --repair or --for it says instead
+    whether the checkpoint is in order; the exit code is 3 when it is not.
     """
+    if check or mended is not None or engines is not None:
+        judge(model, engines, mended, as_json)
+        return
     inspection = _inspect(model)
     if as_json:
         layers = [_layer_object(layer) for layer in inspection.layers]

@@ -36,12 +36,14 @@ SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 class Checkpoint:
     """Reads a Hugging Face folder of safetensors. Nothing is loaded until a tensor is asked for.
 
+    trust_index: False finds the files as if there were no index.
     Raises ``CheckpointError`` for a missing folder, a folder that is not a model, a damaged file
     or index; every property and method may, since files are opened when they are needed.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trust_index: bool = True) -> None:
         self.folder = folder
+        self._trust_index = trust_index
         if not folder.exists():
             raise CheckpointError(
                 f"{folder} does not exist: give a model folder, a hub id or a .gguf file"
@@ -78,7 +80,7 @@ class Checkpoint:
     @cached_property
     def tensor_files(self) -> dict[str, Path]:
         """Tensor name -> the safetensors file that holds it, in file order."""
-        weight_map = read_weight_map(self.folder)
+        weight_map = read_weight_map(self.folder) if self._trust_index else {}
         found: dict[str, Path] = {}
         for path in list_weight_files(self.folder, weight_map):
             for name in self._open(path).keys():  # noqa: SIM118  (not a dict)

@@ -11,6 +11,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qserve.cli.errors import ExitCode
 from qserve.quant.formats.checkpoint import Checkpoint
@@ -114,3 +116,58 @@ def test_gguf_file_is_described_without_importing_it(
     assert found["kv_bytes_per_token"] == 2 * 1 * 2 * 16 * 2
     assert found["layers"][0]["shape"] == [16, 64]
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_checkpoint_in_order_passes_and_engines_are_told(
+    rtn_llama: Path, qserve: Callable[..., Any]
+) -> None:
+    done = qserve("inspect", rtn_llama, "--check", "--for", "vllm,transformers")
+    assert done.code == ExitCode.OK
+    text = " ".join(done.out.split())
+    assert "in order: every tensor was read" in text
+    assert "vllm 0.33.0 yes" in text
+    found = json.loads(qserve("inspect", rtn_llama, "--for", "vllm", "--json").out)
+    assert found["findings"] == []
+    assert found["engines"][0]["loads"]
+
+
+def test_a_damaged_checkpoint_is_explained_and_mended(
+    rtn_llama: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    broken, out = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(rtn_llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.scales"][0, 0] = 0
+    save_file(tensors, broken / "model.safetensors")
+    done = qserve("inspect", broken, "--check")
+    assert done.code == ExitCode.MODEL
+    assert "has 1 errors: see above" in done.err
+    assert "scales are zero" in " ".join(done.out.split())
+    done = qserve("inspect", broken, "--repair", out)
+    assert done.code == ExitCode.OK
+    assert "the mended copy is in" in done.err
+    assert qserve("inspect", out, "--check").code == ExitCode.OK
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_what_cannot_be_mended_leaves_no_copy(
+    rtn_llama: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    broken, out = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(rtn_llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.scales"]
+    tensors["model.layers.0.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, broken / "model.safetensors")
+    done = qserve("inspect", broken, "--repair", out)
+    assert done.code == ExitCode.MODEL
+    assert "model.layers.0.mlp.up_proj cannot be mended: scales missing" in done.err
+    assert not out.exists()
+
+
+def test_engines_without_rules_and_gguf_are_usage_errors(
+    rtn_llama: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    assert qserve("inspect", rtn_llama, "--for", "ollama").code == ExitCode.USAGE
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert qserve("inspect", tmp_path / "a.gguf", "--check").code == ExitCode.USAGE

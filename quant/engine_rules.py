@@ -1,0 +1,199 @@
+"""Which engines load a checkpoint, by rules read in the source of one version of each.
+
+A rule is a fact about one version: when an engine is read again, its version and its rules change
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from qserve.quant.errors import OptionError
+from qserve.quant.formats.awq import AwqFormat, Layout
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.layer_format import HEAD, PackedLayer
+
+VERSIONS = {"vllm": "0.33.0", "transformers": "5.23.0", "sglang": "by the rules of vLLM 0.33.0"}
+MARLIN_GROUPS = (-1, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One fact. refuses: the engine does not load it; else it loads, and this is worth knowing."""
+
+    engines: tuple[str, ...]
+    says: str
+    applies: Callable[[Facts], bool]
+    refuses: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the rules say of one engine."""
+
+    engine: str
+    version: str
+    refusals: list[str]
+    notes: list[str]
+
+
+class Facts:
+    """What rules ask of a checkpoint, each found out once."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self.method = checkpoint.method
+        self.block: Mapping[str, Any] = checkpoint.quantization_config or {}
+
+    @cached_property
+    def layers(self) -> dict[str, PackedLayer]:
+        """The packed layers by name."""
+        described = {name: self._checkpoint.describe(name) for name in self._checkpoint.modules}
+        return {name: layer for name, layer in described.items() if layer is not None}
+
+    @cached_property
+    def group_sizes(self) -> set[int]:
+        """Of all packed layers; -1 for one group a row."""
+        return {
+            -1 if layer.group_size == layer.in_features else layer.group_size
+            for layer in self.layers.values()
+        }
+
+    @property
+    def is_gemm(self) -> bool:
+        """Whether it is AWQ in the gemm layout."""
+        reader = self._checkpoint.format
+        return isinstance(reader, AwqFormat) and reader.layout is Layout.GEMM
+
+    @property
+    def orders_inputs(self) -> bool:
+        """Whether ``desc_act`` is stated, for other than one group a row."""
+        return bool(self.block.get("desc_act")) and self.block.get("group_size") != -1
+
+    @property
+    def bits(self) -> set[int]:
+        """Of all packed layers."""
+        return {layer.bits for layer in self.layers.values()}
+
+    @property
+    def has_asymmetric_groups(self) -> bool:
+        """Whether a group of compressed-tensors states zero points."""
+        groups = self.block.get("config_groups") or {}
+        return any(
+            (group.get("weights") or {}).get("symmetric") is False for group in groups.values()
+        )
+
+
+VLLM = ("vllm", "sglang")
+RULES = (
+    Rule(
+        VLLM, "AWQ is read in the gemm layout alone", lambda f: f.method == "awq" and not f.is_gemm
+    ),
+    Rule(
+        VLLM,
+        "AWQ wants groups of 32, 64 or 128, or one a row",
+        lambda f: f.method == "awq" and not f.group_sizes <= set(MARLIN_GROUPS),
+    ),
+    Rule(
+        VLLM,
+        "GPTQ with sym false is refused (`qserve convert --to compressed-tensors`)",
+        lambda f: f.method == "gptq" and f.block.get("sym") is False,
+    ),
+    Rule(
+        VLLM,
+        "GPTQ of 4 and 8 bits is read, no other width",
+        lambda f: f.method == "gptq" and not f.bits <= {4, 8},
+    ),
+    Rule(
+        VLLM,
+        "desc_act true is refused unless there is one group a row",
+        lambda f: f.method == "gptq" and f.orders_inputs,
+    ),
+    Rule(
+        VLLM,
+        "GPTQ wants bits, group_size, desc_act and sym in its block",
+        lambda f: (
+            f.method == "gptq" and not {"bits", "group_size", "desc_act", "sym"} <= set(f.block)
+        ),
+    ),
+    Rule(
+        ("vllm",),
+        "bitsandbytes is a plugin package since 0.28",
+        lambda f: f.method == "bitsandbytes",
+        refuses=False,
+    ),
+    Rule(VLLM, "sparse weights are refused", lambda f: bool(f.block.get("sparsity_config"))),
+    Rule(
+        VLLM,
+        "key-value scales are read as float8, per layer or per head",
+        lambda f: (f.block.get("kv_cache_scheme") or {}).get("type") == "int",
+    ),
+    Rule(
+        VLLM,
+        "3-bit words must run on (compressed-tensors 0.19 and later); older files are misread",
+        lambda f: f.method == "compressed-tensors" and 3 in f.bits,
+        refuses=False,
+    ),
+    Rule(
+        ("transformers",),
+        "gptqmodel must be installed",
+        lambda f: f.method in ("awq", "gptq"),
+        refuses=False,
+    ),
+    Rule(
+        ("transformers",),
+        "asymmetric packed integers load with compressed-tensors 0.17, or with dequantize=True",
+        lambda f: f.method == "compressed-tensors" and f.has_asymmetric_groups,
+        refuses=False,
+    ),
+    Rule(
+        ("transformers",),
+        "compressed-tensors must be installed",
+        lambda f: f.method == "compressed-tensors",
+        refuses=False,
+    ),
+    Rule(
+        ("transformers",),
+        "bitsandbytes 0.46.1 or later must be installed",
+        lambda f: f.method == "bitsandbytes",
+        refuses=False,
+    ),
+    Rule(
+        ("transformers", *VLLM),
+        "QoQ in this layout is read by qserve alone",
+        lambda f: f.method == "qoq",
+    ),
+    Rule(
+        ("transformers",),
+        "auto-round 0.5 or later must be installed",
+        lambda f: f.method == "auto-round",
+        refuses=False,
+    ),
+    Rule(
+        ("transformers", *VLLM),
+        "the output head is quantized: lm_head must be true in the block",
+        lambda f: f.method == "gptq" and HEAD in f.layers and not f.block.get("lm_head"),
+    ),
+)
+
+
+def judge_for(checkpoint: Checkpoint, engines: Iterable[str]) -> list[Verdict]:
+    """What the rules say of each engine. Raises ``OptionError`` for one that has no rules."""
+    facts = Facts(checkpoint)
+    verdicts = []
+    for engine in map(str.strip, engines):
+        if engine not in VERSIONS:
+            raise OptionError(f"no rules for {engine!r}: choose of {', '.join(VERSIONS)}")
+        said = [rule for rule in RULES if engine in rule.engines and rule.applies(facts)]
+        verdicts.append(
+            Verdict(
+                engine,
+                VERSIONS[engine],
+                [rule.says for rule in said if rule.refuses],
+                [rule.says for rule in said if not rule.refuses],
+            )
+        )
+    return verdicts
