@@ -63,6 +63,12 @@ class GroupedWeight:
         """Whether every zero point is the middle code ``2**(bits - 1)``."""
         return bool((self.zero_points == 1 << (self.bits - 1)).all())
 
+    def combined_scales(self) -> torch.Tensor:
+        """The float32 scales of the groups, ``[out_features, groups]``, times the outer ones."""
+        if self.channel_scales is None:
+            return self.scales.float()
+        return self.scales.float() * self.channel_scales[:, None].float()
+
     def dequantize(self) -> torch.Tensor:
         """The float32 weight ``[out_features, in_features]`` that the codes stand for, its columns
         in the order of the inputs."""

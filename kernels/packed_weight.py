@@ -8,10 +8,13 @@ from functools import partial
 
 import torch
 
-from qserve.kernels.activations import Activations, round_activations
+from qserve.kernels.activations import Activations
 from qserve.kernels.backend import Backend
 from qserve.kernels.native_weight import NativeWeight
 from qserve.kernels.rows import check_output, check_rows
+
+NATIVE_NUMBERS = {activations: number for number, activations in enumerate(Activations)}
+"""What the extension calls them: its enum has the same order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,13 +39,6 @@ def from_native(native: NativeWeight) -> PackedWeight:
     out_features, in_features, *_ = native.sizes
     run = partial(_run_native, native)
     return PackedWeight(in_features, out_features, native.nbytes, Backend.CPU, run, native)
-
-
-def round_ahead(x: torch.Tensor, activations: Activations) -> tuple[torch.Tensor, bool]:
-    """Rows for a native product, and whether it is to round them to int8 itself."""
-    if activations in (Activations.INT8_TOKEN, Activations.FLOAT8_TOKEN):
-        x = round_activations(x, activations)
-    return x, activations is Activations.INT8
 
 
 def multiply(
@@ -74,5 +70,11 @@ def check_bias(bias: torch.Tensor | None, out_features: int) -> None:
 def _run_native(
     native: NativeWeight, x: torch.Tensor, out: torch.Tensor, activations: Activations
 ) -> None:
-    x, quantized = round_ahead(x, activations)
-    native.run(x.data_ptr(), x.stride()[0], x.shape[0], out.data_ptr(), out.stride()[0], quantized)
+    native.run(
+        x.data_ptr(),
+        x.stride()[0],
+        x.shape[0],
+        out.data_ptr(),
+        out.stride()[0],
+        NATIVE_NUMBERS[activations],
+    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.codebook_matmul import reference
+from qserve.kernels.backend import Backend, choose
+from qserve.kernels.codebook_matmul import cpu, reference
 from qserve.kernels.codebook_weight import CodebookWeight
-from qserve.kernels.packed_weight import PackedWeight, check_bias, multiply
+from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
 
 __all__ = ["Activations", "codebook_matmul", "prepare"]
 
@@ -20,10 +21,13 @@ def prepare(
     """``weight`` repacked once for fast products on ``device``; ``weight`` itself is no longer
     needed.
 
-    bias: ``[N]``, added to every row of a product. Raises ``ValueError`` for a bias of another
+    Blocks that cross from a row to the next run on the reference. bias: ``[N]``, added to every row
+    of a product. Raises ``ValueError`` for a bias of another
     shape.
     """
     check_bias(bias, weight.out_features)
+    if choose("codebook_matmul", device).backend is Backend.CPU and cpu.suits(weight):
+        return from_native(cpu.pack(weight, bias))
     return reference.prepare(weight, device, bias)
 
 

@@ -7,7 +7,7 @@ namespace qserve {
 namespace {
 
 void run_experts(const ExpertGroup& group, uintptr_t x, bool shared_row, uintptr_t ids, int64_t rows, int64_t top_k,
-                 uintptr_t out, int64_t out_stride, bool quantized) {
+                 uintptr_t out, int64_t out_stride, int activations) {
   const ExpertJob job{.x = at<const float>(x),
                       .shared_row = shared_row,
                       .ids = at<const int32_t>(ids),
@@ -15,7 +15,7 @@ void run_experts(const ExpertGroup& group, uintptr_t x, bool shared_row, uintptr
                       .top_k = top_k,
                       .out = at<float>(out),
                       .out_stride = out_stride,
-                      .quantized = quantized};
+                      .activations = Activations(activations)};
   Program::run_or_note([=, &group] { group.multiply(job); });
 }
 

@@ -7,14 +7,14 @@ namespace nb = nanobind;
 namespace qserve {
 namespace {
 
-void run_find_largest(const Weight& weight, uintptr_t x, int64_t x_stride, int64_t rows, bool quantized, int64_t k, uintptr_t ids,
+void run_find_largest(const Weight& weight, uintptr_t x, int64_t x_stride, int64_t rows, int activations, int64_t k, uintptr_t ids,
                       uintptr_t values) {
   const Product product{.x = at<const float>(x),
                         .x_stride = x_stride,
                         .rows = rows,
                         .out = nullptr,
                         .out_stride = 0,
-                        .quantized = quantized};
+                        .activations = Activations(activations)};
   Program::run_or_note([=, &weight] { find_largest(weight, product, k, at<int64_t>(ids), at<float>(values)); });
 }
 

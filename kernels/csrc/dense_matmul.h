@@ -1,21 +1,10 @@
 // Products of float rows with panels of 16-bit or 32-bit floats.
 #pragma once
 
-#include "matmul_kernels.h"
-#include "simd.h"
+#include "store_outputs.h"
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
-
-QSERVE_INLINE void store_outputs(const DenseJob& job, int64_t row, int64_t column, F value) {
-  const int64_t left = job.out_features - column;
-  float* out = job.out + row * job.out_stride + column;
-  if (left >= W) {
-    store(out, value);
-  } else if (left > 0) {
-    store_part(out, value, int(left));
-  }
-}
 
 // R rows times V vectors of outputs, which may span panels. Each output is one chain of FMAs over k.
 template <typename T, int R, int V>

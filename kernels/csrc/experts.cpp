@@ -103,7 +103,7 @@ void ExpertGroup::multiply(const ExpertJob& job) const {
   for (int64_t e = 0; e < num_experts; ++e) {
     for (int64_t begin = groups.starts[e], end = groups.starts[e + 1]; begin < end; begin += room) {
       const int32_t* places = groups.places + begin;
-      Product product{.x = gathered, .x_stride = k, .rows = std::min(room, end - begin), .quantized = job.quantized};
+      Product product{.x = gathered, .x_stride = k, .rows = std::min(room, end - begin), .activations = job.activations};
       if (product.rows == 1) {
         product.x = row_at(*places);
         product.out = job.out + *places * job.out_stride;

@@ -31,7 +31,7 @@ struct ExpertJob {
   int64_t top_k;
   float* out;
   int64_t out_stride;  // from a row to the next, of all rows * top_k
-  bool quantized;
+  Activations activations;
 };
 
 // The weights of one layer's experts, all of one shape; they must live as long as this.

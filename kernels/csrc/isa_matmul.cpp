@@ -9,10 +9,13 @@ namespace qserve::QSERVE_NAMESPACE {
 
 const MatmulKernels kMatmulKernels = {
     .quantize_rows = quantize_rows,
-    .int4_quantized = int4_quantized,
-    .int4_exact = int4_exact,
-    .int8_quantized = int8_quantized,
-    .int8_exact = int8_exact,
+    .round_rows = round_rows,
+    .quantized = {quantized_product<SmallCodes<TwoBits>>, quantized_product<SmallCodes<ThreeBits>>,
+                  quantized_product<SmallCodes<FourBits>>, quantized_product<ByteCodes<false>>,
+                  quantized_product<ByteCodes<true>>, quantized_product<CodebookCodes>, nullptr},
+    .exact = {exact_product<SmallCodes<TwoBits>>, exact_product<SmallCodes<ThreeBits>>, exact_product<SmallCodes<FourBits>>,
+              exact_product<ByteCodes<false>>, exact_product<ByteCodes<true>>, exact_product<CodebookCodes>,
+              exact_product<Float8Codes>},
     .dense = dense,
 };
 

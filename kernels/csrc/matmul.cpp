@@ -1,6 +1,7 @@
 #include "matmul.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -62,10 +63,13 @@ void run_tile(const Job& job, const TileRange& range, void (*kernel)(const Job&,
   }
 }
 
+int64_t inputs_of(const PanelJob& job) { return job.padded_k; }
+int64_t inputs_of(const DenseJob& job) { return job.k; }
+
 // Splits rows and panels into tasks and runs them.
 template <typename Job>
 void run_tiles(const Job& job, int64_t num_panels, void (*kernel)(const Job&, const TileRange&), OutputSink* sink) {
-  if (job.rows * num_panels * kPanel * job.k < kAloneWork) {
+  if (job.rows * num_panels * kPanel * inputs_of(job) < kAloneWork) {
     run_tile(job, {0, job.rows, 0, num_panels}, kernel, sink, 0);
     return;
   }
@@ -81,56 +85,106 @@ void run_tiles(const Job& job, int64_t num_panels, void (*kernel)(const Job&, co
   });
 }
 
+// A number for each output, up to whole panels.
+void pack_bias(uint8_t* to, const float* bias, int64_t out_features, int64_t num_panels) {
+  std::memset(to, 0, num_panels * kPanel * sizeof(float));
+  std::memcpy(to, bias, out_features * sizeof(float));
+}
+
+int lines_of(PanelFormat format) {  // of 64 bytes, for 32 inputs of a panel: kLines of panel_formats.h
+  switch (format) {
+    case PanelFormat::kInt2:
+      return 2;
+    case PanelFormat::kInt3:
+      return 3;
+    case PanelFormat::kInt4:
+    case PanelFormat::kCodebook:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+bool has_zero_points(PanelFormat format) {
+  return format <= PanelFormat::kInt4 || format == PanelFormat::kInt8Zeros;
+}
+
+// Adds a code to the lines (still zero where it goes) of its 32 inputs; byte: its input's place in a quad of its output.
+void put_code(PanelFormat format, uint8_t* lines, int64_t quad, int64_t byte, uint8_t code) {
+  switch (lines_of(format)) {
+    case 3:
+      lines[128 + byte] |= uint8_t(code >> 2 << quad);
+      code &= 3;
+      [[fallthrough]];
+    case 2:
+      lines[quad / 4 * 64 + byte] |= uint8_t(code << quad % 4 * 2);
+      break;
+    case 4:
+      lines[quad / 2 * 64 + byte] |= uint8_t(code << quad % 2 * 4);
+      break;
+    default:
+      lines[quad * 64 + byte] = code;
+  }
+}
+
 }  // namespace
 
-PanelWeight::PanelWeight(int bits, int64_t out_features, int64_t in_features, int64_t group_size, bool wide)
-    : bits_(bits) {
-  if (out_features < 1 || in_features < 1 || group_size < 1 || group_size % kActivationGroup)
-    throw std::invalid_argument("a weight needs outputs, inputs and groups of a multiple of 32");
-  num_panels_ = divide_up(out_features, kPanel);
-  job_.k = in_features;
-  job_.group_size = group_size;
-  job_.num_groups = divide_up(in_features, group_size);
-  job_.out_features = out_features;
+PanelWeight::PanelWeight(const PanelSizes& sizes) : sizes_(sizes) {
+  const auto [n, k, format, group, wide, bias, ordered] = sizes;
+  if (n < 1 || k < 1 || group < 1 || (group % kActivationGroup && group != k) || int(format) < 0 || int(format) >= kPanelFormats)
+    throw std::invalid_argument("a weight needs outputs, inputs, and groups of a multiple of 32 or of all inputs");
+  num_panels_ = divide_up(n, kPanel);
+  job_.group_size = round_up(group, kActivationGroup);
+  job_.num_groups = divide_up(k, group);
+  job_.padded_k = job_.num_groups * job_.group_size;
+  job_.out_features = n;
   job_.wide = wide;
-  padded_k_ = job_.num_groups * group_size;
   const int64_t scale_bytes = job_.num_groups * kPanel * (wide ? 4 : 2);
   job_.zeros_offset = scale_bytes;
-  job_.codes_offset = round_up(scale_bytes + (bits == 4 ? job_.num_groups * kPanel : 0), 64);
-  job_.panel_bytes = job_.codes_offset + padded_k_ * kPanel * bits / 8;
-  set_nbytes(num_panels_ * job_.panel_bytes);
+  job_.codes_offset = round_up(scale_bytes + (has_zero_points(format) ? job_.num_groups * kPanel : 0), 64);
+  job_.panel_bytes = job_.codes_offset + job_.padded_k / kActivationGroup * lines_of(format) * 64;
+  bias_offset_ = 0;
+  order_offset_ = bias ? num_panels_ * kPanel * int64_t(sizeof(float)) : 0;
+  codebook_offset_ = order_offset_ + (ordered ? round_up(k * sizeof(int32_t), 64) : 0);
+  panels_offset_ = codebook_offset_ + (format == PanelFormat::kCodebook ? 128 : 0);
+  set_nbytes(panels_offset_ + num_panels_ * job_.panel_bytes);
 }
 
-void PanelWeight::pack(const uint8_t* codes, const float* scales, const uint8_t* zero_points) {
-  uint8_t* panels = allocate();
-  run_tasks(num_panels_, [&](int64_t p) { pack_panel(panels + p * job_.panel_bytes, p, codes, scales, zero_points); });
+void PanelWeight::pack(const PanelSource& source) {
+  uint8_t* layout = allocate();
+  if (sizes_.bias) pack_bias(layout + bias_offset_, source.bias, sizes_.out_features, num_panels_);
+  if (sizes_.ordered) {
+    auto* order = reinterpret_cast<int32_t*>(layout + order_offset_);
+    std::copy(source.input_order, source.input_order + sizes_.in_features, order);
+  }
+  if (sizes_.format == PanelFormat::kCodebook) {
+    std::memcpy(layout + codebook_offset_, source.codebook, 64);
+    uint8_t* bytes = layout + codebook_offset_ + 64;
+    for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(128 + std::lrint(source.codebook[i]));
+  }
+  uint8_t* panels = layout + panels_offset_;
+  run_tasks(num_panels_, [&](int64_t p) { pack_panel(panels + p * job_.panel_bytes, p, source); });
 }
 
-void PanelWeight::pack_panel(uint8_t* panel, int64_t p, const uint8_t* codes, const float* scales,
-                             const uint8_t* zero_points) const {
+void PanelWeight::pack_panel(uint8_t* panel, int64_t p, const PanelSource& source) const {
   std::memset(panel, 0, job_.panel_bytes);
-  if (bits_ == 8) std::memset(panel + job_.codes_offset, 128, padded_k_ * kPanel);  // zeros, with the bias
   for (int64_t lane = 0; lane < std::min(kPanel, job_.out_features - p * kPanel); ++lane) {
     const int64_t row = p * kPanel + lane;
     for (int64_t g = 0; g < job_.num_groups; ++g) {
-      const float scale = scales[row * job_.num_groups + g];
-      const int64_t at = g * kPanel + lane;
+      const int64_t from = row * job_.num_groups + g, at = g * kPanel + lane;
       if (job_.wide) {
-        std::memcpy(panel + 4 * at, &scale, 4);
+        std::memcpy(panel + 4 * at, source.scales + from, 4);
       } else {
-        const uint16_t half = to_half(scale);
+        const uint16_t half = to_half(source.scales[from]);
         std::memcpy(panel + 2 * at, &half, 2);
       }
-      if (bits_ == 4) panel[job_.zeros_offset + at] = zero_points[row * job_.num_groups + g];
+      if (has_zero_points(sizes_.format)) panel[job_.zeros_offset + at] = source.zero_points[from];
     }
-    const uint8_t* from = codes + row * job_.k;
-    uint8_t* to = panel + job_.codes_offset + 4 * lane;
-    for (int64_t k = 0; k < job_.k; ++k) {
-      if (bits_ == 4) {
-        to[k / 8 * 64 + k % 4] |= uint8_t((from[k] & 15) << (k / 4 % 2 * 4));
-      } else {
-        to[k / 4 * 64 + k % 4] = from[k] ^ 128;
-      }
+    const uint8_t* codes = source.codes + row * sizes_.in_features;
+    const int64_t block_bytes = lines_of(sizes_.format) * 64;
+    for (int64_t k = 0; k < sizes_.in_features; ++k) {
+      uint8_t* lines = panel + job_.codes_offset + k / kActivationGroup * block_bytes;
+      put_code(sizes_.format, lines, k % kActivationGroup / 4, 4 * lane + k % 4, codes[k]);
     }
   }
 }
@@ -148,42 +202,76 @@ void PanelWeight::multiply(const Product& product) const {
 
 void PanelWeight::multiply_some(const Product& product) const {
   const MatmulKernels& table = kernels().matmul;
+  const int format = int(sizes_.format);
+  const Activations activations = product.activations;
+  const bool integer = activations == Activations::kInt8 || activations == Activations::kInt8Token;
   PanelJob job = job_;
-  job.panels = data();
+  job.panels = data() + panels_offset_;
+  job.bias = sizes_.bias ? reinterpret_cast<const float*>(data() + bias_offset_) : nullptr;
+  job.codebook = reinterpret_cast<const float*>(data() + codebook_offset_);
+  job.byte_codebook = data() + codebook_offset_ + 64;
   job.x = product.x;
   job.x_stride = product.x_stride;
   job.rows = product.rows;
   job.out = product.out;
   job.out_stride = product.out_stride;
-  if (!product.quantized) {
-    run_tiles(job, num_panels_, bits_ == 4 ? table.int4_exact : table.int8_exact, product.sink);
+  RoundJob rounding{.x = job.x,
+                    .x_stride = job.x_stride,
+                    .k = sizes_.in_features,
+                    .rows = job.rows,
+                    .activations = activations,
+                    .to = {.padded_k = job.padded_k, .group_size = job.group_size},
+                    .floats = nullptr};
+  if (integer && table.quantized[format] != nullptr) {
+    const size_t codes = job.rows * job.padded_k, groups = codes / kActivationGroup, sums = job.rows * job.num_groups;
+    Pieces pieces(scratch(ScratchUse::kCall, Pieces::size<int8_t>(codes) + 2 * Pieces::size<float>(groups) +
+                                                 Pieces::size<float>(sums)));
+    rounding.to.codes = pieces.take<int8_t>(codes);
+    rounding.to.scales = pieces.take<float>(groups);
+    rounding.to.offsets = pieces.take<int32_t>(groups);
+    rounding.to.group_sums = pieces.take<float>(sums);
+    round_some(rounding, table.quantize_rows);
+    job.quantized = rounding.to;
+    run_tiles(job, num_panels_, table.quantized[format], product.sink);
     return;
   }
-  const size_t codes = job.rows * padded_k_, groups = codes / kActivationGroup, sums = job.rows * job.num_groups;
-  Pieces pieces(scratch(ScratchUse::kCall, Pieces::size<int8_t>(codes) + 2 * Pieces::size<float>(groups) +
-                                               Pieces::size<float>(sums)));
-  job.quantized = {.codes = pieces.take<int8_t>(codes),
-                   .scales = pieces.take<float>(groups),
-                   .offsets = pieces.take<int32_t>(groups),
-                   .group_sums = pieces.take<float>(sums),
-                   .padded_k = padded_k_,
-                   .group_size = job.group_size};
-  const QuantizeJob rounding{.x = job.x, .x_stride = job.x_stride, .k = job.k, .rows = job.rows, .to = job.quantized};
-  const int64_t rows_per_task = std::max(kRowBlock, round_up(kAloneWork / job.k, kRowBlock));
-  run_tasks(divide_up(job.rows, rows_per_task), [&](int64_t task) {
-    const int64_t row = task * rows_per_task;
-    table.quantize_rows(rounding, row, std::min(row + rows_per_task, job.rows));
-  });
-  run_tiles(job, num_panels_, bits_ == 4 ? table.int4_quantized : table.int8_quantized, product.sink);
+  if (activations != Activations::kFloat32 || sizes_.ordered || job.padded_k != sizes_.in_features) {
+    rounding.floats = reinterpret_cast<float*>(scratch(ScratchUse::kCall, job.rows * job.padded_k * sizeof(float)));
+    round_some(rounding, table.round_rows);
+    job.x = rounding.floats;
+    job.x_stride = job.padded_k;
+  }
+  run_tiles(job, num_panels_, table.exact[format], product.sink);
 }
 
-DenseWeight::DenseWeight(int64_t out_features, int64_t in_features, FloatType type) {
+void PanelWeight::round_some(const RoundJob& job, void (*round)(const RoundJob&, int64_t, int64_t)) const {
+  const int64_t rows_per_task = std::max(kRowBlock, round_up(kAloneWork / job.k, kRowBlock));
+  run_tasks(divide_up(job.rows, rows_per_task), [&](int64_t task) {
+    const int64_t begin = task * rows_per_task, end = std::min(begin + rows_per_task, job.rows);
+    if (!sizes_.ordered) return round(job, begin, end);
+    auto* ordered = reinterpret_cast<float*>(scratch(ScratchUse::kTask, (end - begin) * job.k * sizeof(float)));
+    const auto* order = reinterpret_cast<const int32_t*>(data() + order_offset_);
+    for (int64_t row = begin; row < end; ++row) {
+      const float* x = job.x + row * job.x_stride;
+      float* to = ordered + (row - begin) * job.k;
+      for (int64_t k = 0; k < job.k; ++k) to[k] = x[order[k]];
+    }
+    RoundJob some = job;
+    some.x = ordered - begin * job.k;
+    some.x_stride = job.k;
+    round(some, begin, end);
+  });
+}
+
+DenseWeight::DenseWeight(int64_t out_features, int64_t in_features, FloatType type, bool bias) : bias_(bias) {
   if (out_features < 1 || in_features < 1) throw std::invalid_argument("a weight needs outputs and inputs");
   num_panels_ = divide_up(out_features, kPanel);
   job_.type = type;
   job_.k = in_features;
   job_.out_features = out_features;
-  set_nbytes(num_panels_ * kPanel * job_.k * (type == FloatType::kFloat32 ? 4 : 2));
+  bias_offset_ = num_panels_ * kPanel * job_.k * (type == FloatType::kFloat32 ? 4 : 2);  // 32 bytes or more at a time
+  bias_offset_ = round_up(bias_offset_, 64);
+  set_nbytes(bias_offset_ + (bias ? num_panels_ * kPanel * int64_t(sizeof(float)) : 0));
 }
 
 template <typename T>
@@ -197,8 +285,9 @@ static void pack_floats(T* to, const T* from, int64_t num_panels, int64_t out_fe
   });
 }
 
-void DenseWeight::pack(const void* weight) {
+void DenseWeight::pack(const void* weight, const float* bias) {
   uint8_t* panels = allocate();
+  if (bias_) pack_bias(panels + bias_offset_, bias, job_.out_features, num_panels_);
   if (job_.type == FloatType::kFloat32) {
     pack_floats(reinterpret_cast<uint32_t*>(panels), static_cast<const uint32_t*>(weight), num_panels_, job_.out_features, job_.k);
   } else {
@@ -209,6 +298,7 @@ void DenseWeight::pack(const void* weight) {
 void DenseWeight::multiply(const Product& product) const {
   DenseJob job = job_;
   job.panels = data();
+  job.bias = bias_ ? reinterpret_cast<const float*>(data() + bias_offset_) : nullptr;
   job.x = product.x;
   job.x_stride = product.x_stride;
   job.rows = product.rows;

@@ -8,40 +8,51 @@
 
 namespace qserve {
 
+// What the codes of a panel are; qserve.kernels.panels has the same in the same order. kInt8 is symmetric (128 stands for 0), the
+// other integers have a zero point for each group and output.
+enum class PanelFormat : int { kInt2, kInt3, kInt4, kInt8, kInt8Zeros, kCodebook, kFloat8 };
+constexpr int kPanelFormats = 7;
+
 // Rows rounded to int8. Rows lie in blocks of 8 (the rest in blocks of 4, 2 and 1); within a block of R rows
 // codes are [padded_k / 4][R][4], scales and offsets [padded_k / 32][R], group_sums [num_groups][R].
 struct QuantizedRows {
   int8_t* codes;
   float* scales;
-  int32_t* offsets;   // -128 * sum of the codes of 32 inputs: undoes the bias of int8 weights
+  int32_t* offsets;   // -128 * sum of the codes of 32 inputs: undoes the bias of bytes
   float* group_sums;  // sum of scale * codes over a group of the weight: what a zero point multiplies
   int64_t padded_k;
   int64_t group_size;
 };
 
-struct QuantizeJob {
+// Rows to be rounded to int8 for integer products, or (to.codes is null) to be rounded and written as floats [rows][padded_k].
+struct RoundJob {
   const float* x;
   int64_t x_stride;
   int64_t k;
   int64_t rows;
+  Activations activations;
   QuantizedRows to;
+  float* floats;
 };
 
-// A product with an integer weight. A panel is: scales [groups][16] (float16, or float32 when wide), for int4 zero points
-// [groups][16] bytes, padding to 64 bytes, codes. Codes of int4: [k / 8][16 outputs][4 bytes], byte j holds input j in its
-// low and input j + 4 in its high half. Codes of int8: [k / 4][16][4], biased by 128.
+// A product with coded weights. A panel is: scales [groups][16] (float16, or float32 when wide), zero points [groups][16] bytes if
+// the format has them, padding to 64 bytes, codes. Codes of 32 inputs of 16 outputs are 2 to 8 lines of 64 bytes [16 outputs][4],
+// byte j for the inputs j of some of the 8 quads (4 neighbouring inputs): the formats are in panel_formats.h.
 struct PanelJob {
   const uint8_t* panels;
   int64_t panel_bytes;
   int64_t codes_offset;
   int64_t zeros_offset;
-  int64_t k;
-  int64_t group_size;
+  int64_t padded_k;
+  int64_t group_size;  // a multiple of 32
   int64_t num_groups;
   int64_t out_features;
   int64_t wide;
-  QuantizedRows quantized;  // int8 activations
-  const float* x;           // or exact ones
+  const float* bias;         // [panels][16] or null
+  const float* codebook;     // [16]
+  const uint8_t* byte_codebook;  // [16], biased by 128
+  QuantizedRows quantized;   // int8 activations
+  const float* x;            // or floats, rows of padded_k
   int64_t x_stride;
   int64_t rows;
   float* out;
@@ -54,6 +65,7 @@ struct DenseJob {
   FloatType type;
   int64_t k;
   int64_t out_features;
+  const float* bias;  // [panels][16] or null
   const float* x;
   int64_t x_stride;
   int64_t rows;
@@ -66,12 +78,13 @@ struct TileRange {
   int64_t row_begin, row_end, panel_begin, panel_end;
 };
 
+using PanelKernel = void (*)(const PanelJob&, const TileRange&);
+
 struct MatmulKernels {
-  void (*quantize_rows)(const QuantizeJob&, int64_t begin, int64_t end);
-  void (*int4_quantized)(const PanelJob&, const TileRange&);
-  void (*int4_exact)(const PanelJob&, const TileRange&);
-  void (*int8_quantized)(const PanelJob&, const TileRange&);
-  void (*int8_exact)(const PanelJob&, const TileRange&);
+  void (*quantize_rows)(const RoundJob&, int64_t begin, int64_t end);
+  void (*round_rows)(const RoundJob&, int64_t begin, int64_t end);
+  PanelKernel quantized[kPanelFormats];  // by format; null where there are no integer products
+  PanelKernel exact[kPanelFormats];
   void (*dense)(const DenseJob&, const TileRange&);
 };
 

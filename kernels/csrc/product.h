@@ -1,6 +1,7 @@
 // Rows times a weight of any kind, and what becomes of the outputs.
 #pragma once
 
+#include "layout.h"
 #include "weight_memory.h"
 
 namespace qserve {
@@ -34,14 +35,14 @@ class OutputSink {
   int64_t num_slots_;
 };
 
-// out [rows][N] = x [rows][K] * weight^T. With a sink, out is not written.
+// out [rows][N] = x [rows][K] * weight^T + bias. With a sink, out is not written.
 struct Product {
   const float* x;
   int64_t x_stride;
   int64_t rows;
   float* out;
   int64_t out_stride;
-  bool quantized;  // x is rounded to int8; a float weight takes it as it is
+  Activations activations;  // a float weight takes x as it is
   OutputSink* sink = nullptr;
 };
 

@@ -1,8 +1,8 @@
-// Products of int8 rows with panels of 4-bit or 8-bit codes.
+// Products of int8 rows with panels of codes.
 #pragma once
 
-#include "matmul_kernels.h"
-#include "simd.h"
+#include "panel_formats.h"
+#include "store_outputs.h"
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
@@ -13,16 +13,6 @@ QSERVE_INLINE F load_scales(const PanelJob& job, const uint8_t* panel, int64_t g
   return load_as(reinterpret_cast<const Half*>(panel) + at);
 }
 
-QSERVE_INLINE void store_outputs(const PanelJob& job, int64_t row, int64_t column, F value) {
-  const int64_t left = job.out_features - column;
-  float* out = job.out + row * job.out_stride + column;
-  if (left >= W) {
-    store(out, value);
-  } else if (left > 0) {
-    store_part(out, value, int(left));
-  }
-}
-
 // Lines of memory that will be needed; an address outside of it is ignored by the machine.
 template <int Count>
 QSERVE_INLINE void prefetch(const uint8_t* p) {
@@ -30,67 +20,43 @@ QSERVE_INLINE void prefetch(const uint8_t* p) {
 }
 
 // For every group: y += s * (sum of sx * dot - z * sum of sx * x); the order of sums follows from K alone.
-template <int R>
-void int4_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t ahead) {
+template <typename Format, int R>
+void quantized_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t ahead) {
+  const Format format(job);
   const QuantizedRows& q = job.quantized;
   const int64_t subgroups = job.group_size / kActivationGroup;
-  const int8_t* codes = q.codes + row * q.padded_k;
-  const float* scales = q.scales + row * (q.padded_k / kActivationGroup);
-  const float* sums = q.group_sums + row * job.num_groups;
-  const uint8_t* zeros = panel + job.zeros_offset + lane;
-  const uint8_t* weights = panel + job.codes_offset + 4 * lane;
-  F acc[R];
-  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = zero(); });
-  for (int64_t g = 0; g < job.num_groups; ++g) {
-    const F zero_points = load_bytes(zeros + g * kPanel);
-    F total[R];
-    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { total[r] = mul(zero_points, set1(-sums[r])); });
-    for (int64_t s = 0; s < subgroups; ++s) {
-      I dot[R];
-      each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = int_zero(); });
-      if (ahead != 0) prefetch<4>(weights + ahead);
-      dot_int4<R>(weights, codes, dot);
-      each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-        total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
-      });
-      weights += kActivationGroup / 2 * kPanel;
-      codes += kActivationGroup * R;
-      scales += R;
-    }
-    const F weight_scales = load_scales(job, panel, g, lane);
-    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = fma(total[r], weight_scales, acc[r]); });
-    sums += R;
-  }
-  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { store_outputs(job, row + r, column, acc[r]); });
-}
-
-template <int R>
-void int8_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t ahead) {
-  const QuantizedRows& q = job.quantized;
-  const int64_t subgroups = job.group_size / kActivationGroup;
-  const int8_t* codes = q.codes + row * q.padded_k;
+  const int8_t* rows = q.codes + row * q.padded_k;
   const float* scales = q.scales + row * (q.padded_k / kActivationGroup);
   const int32_t* offsets = q.offsets + row * (q.padded_k / kActivationGroup);
-  const uint8_t* weights = panel + job.codes_offset + 4 * lane;
+  const float* sums = q.group_sums + row * job.num_groups;
+  const uint8_t* zeros = panel + job.zeros_offset + lane;
+  const uint8_t* codes = panel + job.codes_offset + 4 * lane;
   F acc[R];
   each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = zero(); });
   for (int64_t g = 0; g < job.num_groups; ++g) {
     F total[R];
-    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { total[r] = zero(); });
+    if constexpr (Format::kZeroPoints) {
+      F zero_points = load_bytes(zeros + g * kPanel);
+      if constexpr (Format::kBias != 0) zero_points = sub(zero_points, set1(Format::kBias));
+      each<R>([&](auto r) QSERVE_INLINE_LAMBDA { total[r] = mul(zero_points, set1(-sums[r])); });
+    } else {
+      each<R>([&](auto r) QSERVE_INLINE_LAMBDA { total[r] = zero(); });
+    }
     for (int64_t s = 0; s < subgroups; ++s) {
-      I dot[R];
-      if (ahead != 0) prefetch<8>(weights + ahead);
-      dot_int8<R>(weights, codes, offsets, dot);
+      typename Format::template Dot<R> dot(offsets);
+      if (ahead != 0) prefetch<Format::kLines>(codes + ahead);
+      Format::quads(codes, [&](auto quad, I bytes) QSERVE_INLINE_LAMBDA { dot.add(quad, format.operand(bytes), rows); });
       each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-        total[r] = fma(to_float(dot[r]), set1(scales[r]), total[r]);
+        total[r] = fma(to_float(dot.total(r)), set1(scales[r]), total[r]);
       });
-      weights += kActivationGroup * kPanel;
-      codes += kActivationGroup * R;
+      codes += 64 * Format::kLines;
+      rows += kActivationGroup * R;
       scales += R;
       offsets += R;
     }
     const F weight_scales = load_scales(job, panel, g, lane);
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = fma(total[r], weight_scales, acc[r]); });
+    sums += R;
   }
   each<R>([&](auto r) QSERVE_INLINE_LAMBDA { store_outputs(job, row + r, column, acc[r]); });
 }
@@ -122,12 +88,10 @@ QSERVE_INLINE void run_tiles(const PanelJob& job, const TileRange& range, const 
   }
 }
 
-void int4_quantized(const PanelJob& job, const TileRange& range) {
-  run_tiles(job, range, {int4_tile<1>, int4_tile<2>, int4_tile<4>, int4_tile<8>});
-}
-
-void int8_quantized(const PanelJob& job, const TileRange& range) {
-  run_tiles(job, range, {int8_tile<1>, int8_tile<2>, int8_tile<4>, int8_tile<8>});
+template <typename Format>
+void quantized_product(const PanelJob& job, const TileRange& range) {
+  run_tiles(job, range,
+            {quantized_tile<Format, 1>, quantized_tile<Format, 2>, quantized_tile<Format, 4>, quantized_tile<Format, 8>});
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #define QSERVE_INLINE [[gnu::always_inline]] static inline
 #define QSERVE_INLINE_LAMBDA __attribute__((always_inline))
+#define QSERVE_INLINE_METHOD [[gnu::always_inline]] inline
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {

@@ -11,6 +11,7 @@ namespace {
 constexpr int W = 8;
 constexpr int kDenseRows = 3;
 constexpr int kDenseVectors = 4;
+constexpr int kExactRows = 4;     // rows of the matmul of floats and codes
 constexpr int kQueryRows = 2;
 constexpr int kColumnVectors = 4;
 
@@ -97,10 +98,54 @@ QSERVE_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 constexpr int kByteProducts = 32;  // of multiply_add_bytes: the fastest products of bytes, as the machine probe measures them
 QSERVE_INLINE I multiply_add_bytes(I a, I b, I sum) { return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); }
 QSERVE_INLINE I load_lanes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+// Bytes: (a >> Shift) & Mask in each; a negative shift goes left.
 template <int Shift, int Mask>
-QSERVE_INLINE F field(I a) {
-  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(a, Shift), _mm256_set1_epi32(Mask)));
+QSERVE_INLINE I byte_field(I a) {
+  if constexpr (Shift > 0) a = _mm256_srli_epi16(a, Shift);
+  if constexpr (Shift < 0) a = _mm256_slli_epi16(a, -Shift);
+  return _mm256_and_si256(a, _mm256_set1_epi8(Mask));
 }
+QSERVE_INLINE I bytes_or(I a, I b) { return _mm256_or_si256(a, b); }
+
+// Byte J of each lane as a float: an unsigned integer, or float8 e4m3 (its bits moved to those of a float, whose exponent is then
+// 120 too low; NaN is not known).
+template <int J>
+QSERVE_INLINE F byte_value(I a) {
+  if constexpr (J > 0) a = _mm256_srli_epi32(a, 8 * J);
+  if constexpr (J < 3) a = _mm256_and_si256(a, _mm256_set1_epi32(255));
+  return _mm256_cvtepi32_ps(a);
+}
+template <int J>
+QSERVE_INLINE F float8_value(I a) {
+  if constexpr (J < 3) a = _mm256_slli_epi32(a, 24 - 8 * J);
+  const I bits = _mm256_and_si256(_mm256_srai_epi32(a, 4), _mm256_set1_epi32(0x87F00000));
+  return mul(_mm256_castsi256_ps(bits), set1(0x1p120f));
+}
+
+// Tables of 16, and what lies in them at places given by bytes 0..15.
+class ByteTable {
+ public:
+  QSERVE_INLINE_METHOD explicit ByteTable(const uint8_t* p)
+      : bytes_(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) {}
+  QSERVE_INLINE_METHOD I find(I places) const { return _mm256_shuffle_epi8(bytes_, places); }
+
+ private:
+  I bytes_;
+};
+class FloatTable {
+ public:
+  QSERVE_INLINE_METHOD explicit FloatTable(const float* p) : low_(load(p)), high_(load(p + 8)) {}
+  template <int J>
+  QSERVE_INLINE_METHOD F find(I places) const {
+    const I place = _mm256_srli_epi32(places, 8 * J);  // its three lowest bits choose, the fourth comes to the sign
+    const F low = _mm256_permutevar8x32_ps(low_, place), high = _mm256_permutevar8x32_ps(high_, place);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28 - 8 * J)));
+  }
+
+ private:
+  F low_, high_;
+};
 
 // Rounding to int8: magnitudes are compared as integers, so that a NaN wins and is not lost.
 QSERVE_INLINE I magnitude(F a) {
@@ -108,6 +153,9 @@ QSERVE_INLINE I magnitude(F a) {
 }
 QSERVE_INLINE I int_max(I a, I b) { return _mm256_max_epi32(a, b); }
 QSERVE_INLINE I int_add(I a, I b) { return _mm256_add_epi32(a, b); }
+QSERVE_INLINE F exponent(F a) {  // the power of two at or below a positive number
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(a), _mm256_set1_epi32(0x7F800000)));
+}
 QSERVE_INLINE int32_t int_max_lanes(I a) {
   __m128i top = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   top = _mm_max_epi32(top, _mm_shuffle_epi32(top, 0x4E));
@@ -130,46 +178,55 @@ QSERVE_INLINE I quad(const int8_t* p) {
   return _mm256_set1_epi32(bits);
 }
 
-// dot[r] += codes of 32 inputs (4 x 64 bytes, 8 of 16 outputs) * rows [8 quads][R][4].
-// A pair of products is at most 2 * 15 * 127, so the 8 pairs of 32 inputs fit 16 bits: 30480 < 32768.
+// The integer product of 32 inputs x 8 outputs with R rows, quad by quad: rows are [8 quads][R][4].
+// Codes of up to 4 bits: a pair of products is at most 2 * 15 * 127, so the 8 pairs of 32 inputs fit 16 bits: 30480 < 32768.
 template <int R>
-QSERVE_INLINE void dot_int4(const uint8_t* codes, const int8_t* rows, I (&dot)[R]) {
-  const I low_mask = _mm256_set1_epi8(15);
-  I pairs[R];
-  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { pairs[r] = int_zero(); });
-  each<4>([&](auto v) QSERVE_INLINE_LAMBDA {
-    const I both = load_lanes(codes + 64 * v);
-    const I low = _mm256_and_si256(both, low_mask);
-    const I high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_mask);
-    const int8_t* x = rows + 8 * R * v;
+class SmallDot {
+ public:
+  QSERVE_INLINE_METHOD explicit SmallDot(const int32_t*) {
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { pairs_[r] = int_zero(); });
+  }
+  template <int Q>
+  QSERVE_INLINE_METHOD void add(Index<Q>, I codes, const int8_t* rows) {
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-      pairs[r] = _mm256_add_epi16(pairs[r], _mm256_maddubs_epi16(low, quad(x + 4 * r)));
+      pairs_[r] = _mm256_add_epi16(pairs_[r], _mm256_maddubs_epi16(codes, quad(rows + 4 * (R * Q + r))));
     });
-    each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-      pairs[r] = _mm256_add_epi16(pairs[r], _mm256_maddubs_epi16(high, quad(x + 4 * (R + r))));
-    });
-  });
-  each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-    dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(pairs[r], _mm256_set1_epi16(1)));
-  });
-}
+  }
+  template <int Row>
+  QSERVE_INLINE_METHOD I total(Index<Row>) const {
+    return _mm256_madd_epi16(pairs_[Row], _mm256_set1_epi16(1));
+  }
 
-// dot[r] = codes of 32 inputs (8 x 64 bytes, 8 of 16 outputs) * rows. The bias comes off first: |w| * sign(w) x stays
-// within 16 bits (2 * 127 * 127), where unsigned w * x would saturate.
+ private:
+  I pairs_[R];
+};
+
+// Bytes biased by 128. The bias comes off first: |w| * sign(w) x stays within 16 bits (2 * 128 * 127), where unsigned w * x would
+// saturate.
 template <int R>
-QSERVE_INLINE void dot_int8(const uint8_t* codes, const int8_t* rows, const int32_t*, I (&dot)[R]) {
-  const I bias = _mm256_set1_epi8(-128);
-  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = int_zero(); });
-  each<8>([&](auto v) QSERVE_INLINE_LAMBDA {
-    const I weights = _mm256_xor_si256(load_lanes(codes + 64 * v), bias);
+class ByteDot {
+ public:
+  QSERVE_INLINE_METHOD explicit ByteDot(const int32_t*) {
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot_[r] = int_zero(); });
+  }
+  template <int Q>
+  QSERVE_INLINE_METHOD void add(Index<Q>, I codes, const int8_t* rows) {
+    const I weights = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
     const I magnitudes = _mm256_abs_epi8(weights);
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-      const I x = _mm256_sign_epi8(quad(rows + 4 * (R * v + r)), weights);
+      const I x = _mm256_sign_epi8(quad(rows + 4 * (R * Q + r)), weights);
       const I pairs = _mm256_maddubs_epi16(magnitudes, x);
-      dot[r] = _mm256_add_epi32(dot[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      dot_[r] = _mm256_add_epi32(dot_[r], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     });
-  });
-}
+  }
+  template <int Row>
+  QSERVE_INLINE_METHOD I total(Index<Row>) const {
+    return dot_[Row];
+  }
+
+ private:
+  I dot_[R];
+};
 
 }  // namespace
 }  // namespace qserve::QSERVE_NAMESPACE

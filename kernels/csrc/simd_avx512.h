@@ -11,6 +11,7 @@ namespace {
 constexpr int W = 16;
 constexpr int kDenseRows = 6;  // register tile of the float matmul: rows x vectors of outputs
 constexpr int kDenseVectors = 4;
+constexpr int kExactRows = 4;     // rows of the matmul of floats and codes
 constexpr int kQueryRows = 4;      // query rows that share a converted key or value
 constexpr int kColumnVectors = 4;  // vectors of an output row that are summed at a time
 
@@ -88,10 +89,52 @@ QSERVE_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 constexpr int kByteProducts = 64;  // of multiply_add_bytes: the fastest products of bytes, as the machine probe measures them
 QSERVE_INLINE I multiply_add_bytes(I a, I b, I sum) { return _mm512_dpbusd_epi32(sum, a, b); }
 QSERVE_INLINE I load_lanes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+
+// Bytes: (a >> Shift) & Mask in each; a negative shift goes left.
 template <int Shift, int Mask>
-QSERVE_INLINE F field(I a) {
-  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a, Shift), _mm512_set1_epi32(Mask)));
+QSERVE_INLINE I byte_field(I a) {
+  if constexpr (Shift > 0) a = _mm512_srli_epi16(a, Shift);
+  if constexpr (Shift < 0) a = _mm512_slli_epi16(a, -Shift);
+  return _mm512_and_si512(a, _mm512_set1_epi8(Mask));
 }
+QSERVE_INLINE I bytes_or(I a, I b) { return _mm512_or_si512(a, b); }
+
+// Byte J of each lane as a float: an unsigned integer, or float8 e4m3 (its bits moved to those of a float, whose exponent is then
+// 120 too low; NaN is not known).
+template <int J>
+QSERVE_INLINE F byte_value(I a) {
+  if constexpr (J > 0) a = _mm512_srli_epi32(a, 8 * J);
+  if constexpr (J < 3) a = _mm512_and_si512(a, _mm512_set1_epi32(255));
+  return _mm512_cvtepi32_ps(a);
+}
+template <int J>
+QSERVE_INLINE F float8_value(I a) {
+  if constexpr (J < 3) a = _mm512_slli_epi32(a, 24 - 8 * J);
+  const I bits = _mm512_and_si512(_mm512_srai_epi32(a, 4), _mm512_set1_epi32(0x87F00000));
+  return mul(_mm512_castsi512_ps(bits), set1(0x1p120f));
+}
+
+// Tables of 16, and what lies in them at places given by bytes 0..15.
+class ByteTable {
+ public:
+  QSERVE_INLINE_METHOD explicit ByteTable(const uint8_t* p)
+      : bytes_(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) {}
+  QSERVE_INLINE_METHOD I find(I places) const { return _mm512_shuffle_epi8(bytes_, places); }
+
+ private:
+  I bytes_;
+};
+class FloatTable {
+ public:
+  QSERVE_INLINE_METHOD explicit FloatTable(const float* p) : floats_(load(p)) {}
+  template <int J>
+  QSERVE_INLINE_METHOD F find(I places) const {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(places, 8 * J), floats_);
+  }
+
+ private:
+  F floats_;
+};
 
 // Rounding to int8: magnitudes are compared as integers, so that a NaN wins and is not lost.
 QSERVE_INLINE I magnitude(F a) {
@@ -99,6 +142,9 @@ QSERVE_INLINE I magnitude(F a) {
 }
 QSERVE_INLINE I int_max(I a, I b) { return _mm512_max_epi32(a, b); }
 QSERVE_INLINE I int_add(I a, I b) { return _mm512_add_epi32(a, b); }
+QSERVE_INLINE F exponent(F a) {  // the power of two at or below a positive number
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7F800000)));
+}
 QSERVE_INLINE int32_t int_max_lanes(I a) { return _mm512_reduce_max_epi32(a); }
 QSERVE_INLINE int32_t int_add_lanes(I a) { return _mm512_reduce_add_epi32(a); }
 QSERVE_INLINE I round_int(F a) { return _mm512_cvtps_epi32(a); }
@@ -112,31 +158,32 @@ QSERVE_INLINE I quad(const int8_t* p) {
   return _mm512_set1_epi32(bits);
 }
 
-// dot[r] += codes of 32 inputs (4 x 64 bytes, 16 outputs) * rows [8 quads][R][4].
-template <int R>
-QSERVE_INLINE void dot_int4(const uint8_t* codes, const int8_t* rows, I (&dot)[R]) {
-  const I low_mask = _mm512_set1_epi8(15);
-  each<4>([&](auto v) QSERVE_INLINE_LAMBDA {
-    const I both = load_lanes(codes + 64 * v);
-    const I low = _mm512_and_si512(both, low_mask);
-    const I high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_mask);
-    const int8_t* x = rows + 8 * R * v;
-    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = _mm512_dpbusd_epi32(dot[r], low, quad(x + 4 * r)); });
-    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = _mm512_dpbusd_epi32(dot[r], high, quad(x + 4 * (R + r))); });
-  });
-}
-
-// dot[r] = biased codes of 32 inputs (8 x 64 bytes) * rows, without the bias.
-template <int R>
-QSERVE_INLINE void dot_int8(const uint8_t* codes, const int8_t* rows, const int32_t* offsets, I (&dot)[R]) {
-  each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot[r] = _mm512_set1_epi32(offsets[r]); });
-  each<8>([&](auto v) QSERVE_INLINE_LAMBDA {
-    const I weights = load_lanes(codes + 64 * v);
+// The integer product of 32 inputs x 16 outputs with R rows, quad by quad: rows are [8 quads][R][4]. SmallDot takes codes of up
+// to 4 bits. ByteDot takes bytes biased by 128; offsets are -128 times the sum of each row, which takes the bias off.
+template <int R, bool Biased>
+class Dot {
+ public:
+  QSERVE_INLINE_METHOD explicit Dot(const int32_t* offsets) {
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { dot_[r] = Biased ? int_set1(offsets[r]) : int_zero(); });
+  }
+  template <int Q>
+  QSERVE_INLINE_METHOD void add(Index<Q>, I codes, const int8_t* rows) {
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-      dot[r] = _mm512_dpbusd_epi32(dot[r], weights, quad(rows + 4 * (R * v + r)));
+      dot_[r] = _mm512_dpbusd_epi32(dot_[r], codes, quad(rows + 4 * (R * Q + r)));
     });
-  });
-}
+  }
+  template <int Row>
+  QSERVE_INLINE_METHOD I total(Index<Row>) const {
+    return dot_[Row];
+  }
+
+ private:
+  I dot_[R];
+};
+template <int R>
+using SmallDot = Dot<R, false>;
+template <int R>
+using ByteDot = Dot<R, true>;
 
 }  // namespace
 }  // namespace qserve::QSERVE_NAMESPACE

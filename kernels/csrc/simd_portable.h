@@ -11,6 +11,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "codes are read four at
 constexpr int W = 16;
 constexpr int kDenseRows = 2;
 constexpr int kDenseVectors = 1;
+constexpr int kExactRows = 4;     // rows of the matmul of floats and codes
 constexpr int kQueryRows = 2;
 constexpr int kColumnVectors = 1;
 
@@ -150,15 +151,65 @@ QSERVE_INLINE I multiply_add_bytes(I a, I b, I sum) {
   QSERVE_PARTS(I, bit_copy<Int4>(bit_copy<Ushort8>(a.part[p]) * bit_copy<Ushort8>(b.part[p]) + bit_copy<Ushort8>(sum.part[p])));
 }
 QSERVE_INLINE I load_lanes(const uint8_t* x) { QSERVE_PARTS(I, load_bits<Int4>(x + 16 * p)); }
+
+// Bytes: (a >> Shift) & Mask in each; a negative shift goes left.
 template <int Shift, int Mask>
-QSERVE_INLINE F field(I a) {
-  QSERVE_PARTS(F, __builtin_convertvector((a.part[p] >> Shift) & Mask, Float4));
+QSERVE_INLINE I byte_field(I a) {
+  constexpr int32_t mask = Mask * 0x01010101;
+  if constexpr (Shift >= 0) {
+    QSERVE_PARTS(I, (a.part[p] >> Shift) & mask);
+  } else {
+    QSERVE_PARTS(I, (a.part[p] << -Shift) & mask);
+  }
 }
+QSERVE_INLINE I bytes_or(I a, I b) { QSERVE_PARTS(I, a.part[p] | b.part[p]); }
+
+// Byte J of each lane as a float: an unsigned integer, or float8 e4m3 (its bits moved to those of a float, whose exponent is then
+// 120 too low; NaN is not known).
+template <int J>
+QSERVE_INLINE F byte_value(I a) {
+  QSERVE_PARTS(F, __builtin_convertvector((a.part[p] >> 8 * J) & 255, Float4));
+}
+template <int J>
+QSERVE_INLINE F float8_value(I a) {
+  QSERVE_PARTS(F, bit_copy<Float4>(((a.part[p] << (24 - 8 * J)) >> 4) & int32_t(0x87F00000)) * 0x1p120f);
+}
+
+// Tables of 16, and what lies in them at places given by bytes 0..15.
+class ByteTable {
+ public:
+  QSERVE_INLINE_METHOD explicit ByteTable(const uint8_t* p) : bytes_(p) {}
+  QSERVE_INLINE_METHOD I find(I places) const {
+    uint8_t found[sizeof(I)];
+    __builtin_memcpy(found, places.part, sizeof found);
+    for (uint8_t& byte : found) byte = bytes_[byte];
+    return load_lanes(found);
+  }
+
+ private:
+  const uint8_t* bytes_;
+};
+class FloatTable {
+ public:
+  QSERVE_INLINE_METHOD explicit FloatTable(const float* p) : floats_(p) {}
+  template <int J>
+  QSERVE_INLINE_METHOD F find(I places) const {
+    float found[W];
+    for (int i = 0; i < W; ++i) found[i] = floats_[places.part[i / 4][i % 4] >> 8 * J & 15];
+    return load(found);
+  }
+
+ private:
+  const float* floats_;
+};
 
 // Rounding to int8: magnitudes are compared as integers, so that a NaN wins and is not lost.
 QSERVE_INLINE I magnitude(F a) { QSERVE_PARTS(I, bit_copy<Int4>(a.part[p]) & 0x7FFFFFFF); }
 QSERVE_INLINE I int_max(I a, I b) { QSERVE_PARTS(I, a.part[p] > b.part[p] ? a.part[p] : b.part[p]); }
 QSERVE_INLINE I int_add(I a, I b) { QSERVE_PARTS(I, a.part[p] + b.part[p]); }
+QSERVE_INLINE F exponent(F a) {  // the power of two at or below a positive number
+  QSERVE_PARTS(F, bit_copy<Float4>(bit_copy<Int4>(a.part[p]) & 0x7F800000));
+}
 QSERVE_INLINE int32_t int_max_lanes(I a) {
   int32_t top = a.part[0][0];
   for (const Int4& part : a.part)
@@ -185,49 +236,66 @@ struct PairSums {
   Short8 part[4];
 };
 
-// Nibble codes of a quad of inputs, at bits `Shift` and 8 + `Shift` of every 16.
+// The four bits from `Shift` on of the codes of a quad of inputs.
 template <int Shift>
-QSERVE_INLINE void add_quad(const uint8_t* codes, const int8_t* x, PairSums& sums) {
+QSERVE_INLINE void add_quad(const I& codes, const int8_t* x, PairSums& sums) {
   const Short8 even = spread(x[0], x[2]), odd = spread(x[1], x[3]);
   each<4>([&](auto p) QSERVE_INLINE_LAMBDA {
-    const Ushort8 both = load_bits<Ushort8>(codes + 16 * p);
+    const Ushort8 both = bit_copy<Ushort8>(codes.part[p]);
     const Short8 first = bit_copy<Short8>((both >> Shift) & 15), second = bit_copy<Short8>((both >> (8 + Shift)) & 15);
     sums.part[p] += first * even + second * odd;
   });
 }
 
-QSERVE_INLINE I total(const PairSums& sums) {
+QSERVE_INLINE I total_of_pairs(const PairSums& sums) {
   QSERVE_PARTS(I, (bit_copy<Int4>(sums.part[p]) << 16 >> 16) + (bit_copy<Int4>(sums.part[p]) >> 16));
 }
 
-// dot[r] += codes of 32 inputs (4 x 64 bytes, 16 outputs) * rows [8 quads][R][4].
+// The integer product of 32 inputs x 16 outputs with R rows: rows are [8 quads][R][4]. It is put off until all quads are there:
+// the sums of one row fill the registers.
 template <int R>
-QSERVE_INLINE void dot_int4(const uint8_t* codes, const int8_t* rows, I (&dot)[R]) {
-  for (int r = 0; r < R; ++r) {
-    PairSums sums{};
-    for (int v = 0; v < 4; ++v) {
-      add_quad<0>(codes + 64 * v, rows + 4 * (2 * R * v + r), sums);
-      add_quad<4>(codes + 64 * v, rows + 4 * (2 * R * v + R + r), sums);
-    }
-    dot[r] = int_add(dot[r], total(sums));
+class QuadCodes {
+ public:
+  template <int Q>
+  QSERVE_INLINE_METHOD void add(Index<Q>, I codes, const int8_t* rows) {
+    codes_[Q] = codes;
+    rows_ = rows;
   }
-}
 
-// dot[r] = biased codes of 32 inputs (8 x 64 bytes) * rows, without the bias: two products with nibbles.
-template <int R>
-QSERVE_INLINE void dot_int8(const uint8_t* codes, const int8_t* rows, const int32_t* offsets, I (&dot)[R]) {
-  for (int r = 0; r < R; ++r) {
-    PairSums low{}, high{};
-    for (int v = 0; v < 8; ++v) {
-      add_quad<0>(codes + 64 * v, rows + 4 * (R * v + r), low);
-      add_quad<4>(codes + 64 * v, rows + 4 * (R * v + r), high);
-    }
-    const I low_total = total(low), high_total = total(high);
-    each<4>([&](auto p) QSERVE_INLINE_LAMBDA {
-      dot[r].part[p] = low_total.part[p] + (high_total.part[p] << 4) + offsets[r];
-    });
+ protected:
+  template <int Shift>
+  QSERVE_INLINE_METHOD I total_of(int row) const {
+    PairSums sums{};
+    for (int q = 0; q < 8; ++q) add_quad<Shift>(codes_[q], rows_ + 4 * (R * q + row), sums);
+    return total_of_pairs(sums);
   }
-}
+
+ private:
+  I codes_[8];
+  const int8_t* rows_;
+};
+
+// Codes of up to 4 bits.
+template <int R>
+class SmallDot : public QuadCodes<R> {
+ public:
+  QSERVE_INLINE_METHOD explicit SmallDot(const int32_t*) {}
+  QSERVE_INLINE_METHOD I total(int row) const { return this->template total_of<0>(row); }
+};
+
+// Bytes biased by 128, as two products with nibbles; offsets are -128 times the sum of each row, which takes the bias off.
+template <int R>
+class ByteDot : public QuadCodes<R> {
+ public:
+  QSERVE_INLINE_METHOD explicit ByteDot(const int32_t* offsets) : offsets_(offsets) {}
+  QSERVE_INLINE_METHOD I total(int row) const {
+    const I low = this->template total_of<0>(row), high = this->template total_of<4>(row);
+    QSERVE_PARTS(I, low.part[p] + (high.part[p] << 4) + offsets_[row]);
+  }
+
+ private:
+  const int32_t* offsets_;
+};
 
 #undef QSERVE_PARTS
 

@@ -28,8 +28,8 @@ def prepare(
     if weight.dim() != 2:
         raise ValueError(f"the weight has shape {tuple(weight.shape)}, expected [N, K]")
     check_bias(bias, weight.size(0))
-    if choose("dense_matmul", device).backend is Backend.CPU and bias is None:
-        return from_native(cpu.pack(weight))
+    if choose("dense_matmul", device).backend is Backend.CPU:
+        return from_native(cpu.pack(weight, bias))
     return reference.prepare(weight, device, bias)
 
 

@@ -10,7 +10,7 @@ import torch
 from qserve.kernels.activations import Activations
 from qserve.kernels.native import extension
 from qserve.kernels.native_weight import NativeWeight
-from qserve.kernels.packed_weight import round_ahead
+from qserve.kernels.packed_weight import NATIVE_NUMBERS
 
 
 def group(experts: Sequence[NativeWeight]) -> Any:
@@ -29,16 +29,15 @@ def expert_matmul(
     activations: Activations,
 ) -> None:
     """Writes the products of rows with their experts to ``out``; all were checked."""
-    rows, quantized = round_ahead(x.flatten(0, -2), activations)
     made.run(
-        rows.data_ptr(),
+        x.data_ptr(),
         x.dim() == 2,
         expert_ids.data_ptr(),
         expert_ids.shape[0],
         expert_ids.shape[1],
         out.data_ptr(),
         out.stride()[1],
-        quantized,
+        NATIVE_NUMBERS[activations],
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.float8_matmul import reference
+from qserve.kernels.backend import Backend, choose
+from qserve.kernels.float8_matmul import cpu, reference
 from qserve.kernels.float8_weight import Float8Weight
-from qserve.kernels.packed_weight import PackedWeight, check_bias, multiply
+from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
 
 __all__ = ["Activations", "float8_matmul", "prepare"]
 
@@ -20,10 +21,13 @@ def prepare(
     """``weight`` repacked once for fast products on ``device``; ``weight`` itself is no longer
     needed.
 
-    bias: ``[N]``, added to every row of a product. Raises ``ValueError`` for a bias of another
+    Blocks of inputs that are no multiple of 32, and weights with a NaN, run on the reference. bias:
+    ``[N]``, added to every row of a product. Raises ``ValueError`` for a bias of another
     shape.
     """
     check_bias(bias, weight.out_features)
+    if choose("float8_matmul", device).backend is Backend.CPU and cpu.suits(weight):
+        return from_native(cpu.pack(weight, bias))
     return reference.prepare(weight, device, bias)
 
 

@@ -12,6 +12,7 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int4_matmul import cpu, reference
 from qserve.kernels.int4_matmul.planar4 import PLANE, Planar4Weight, pack_planar4
 from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
+from qserve.kernels.panels import suits_panels
 
 __all__ = ["Activations", "int4_matmul", "prepare"]
 
@@ -24,16 +25,16 @@ def prepare(
     """``weight`` repacked once for fast products on ``device``; ``weight`` itself is no longer
     needed.
 
-    Codes of 2, 3 and 4 bits are taken. A group size that is no multiple of 32 runs on the
-    reference. bias: ``[N]``, added to every row of a product. Raises ``ValueError`` for wider codes
-    and for a bias of another shape.
+    Codes of 2, 3 and 4 bits are taken. A group size that is neither a multiple of 32 nor the whole
+    row runs on the reference. bias: ``[N]``, added to every row of a product. Raises ``ValueError``
+    for other widths and for a bias of another shape.
     """
-    if weight.bits > 4:
-        raise ValueError(f"the weight has {weight.bits} bits, expected at most 4")
+    if weight.bits not in (2, 3, 4):
+        raise ValueError(f"the weight has {weight.bits} bits, expected 2, 3 or 4")
     check_bias(bias, weight.out_features)
     backend = choose("int4_matmul", device).backend
-    if backend is Backend.CPU and cpu.suits(weight, bias):
-        return from_native(cpu.pack(weight))
+    if backend is Backend.CPU and suits_panels(weight.group_size, weight.in_features):
+        return from_native(cpu.pack(weight, bias))
     plain = weight.input_order is None and weight.channel_scales is None and bias is None
     if backend is Backend.TRITON and plain and weight.group_size % PLANE == 0:
         return _prepare_triton(weight, device)

@@ -1,30 +1,23 @@
-"""The native 4-bit matmul: the panel layout."""
+"""The native layout of codes of 2, 3 and 4 bits."""
 
 from __future__ import annotations
 
 import torch
 
-from qserve.kernels.activations import ACTIVATION_GROUP
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.native_weight import NativeWeight
+from qserve.kernels.panels import PanelFormat, PanelSource, pack_panels
+
+FORMATS = {2: PanelFormat.INT2, 3: PanelFormat.INT3, 4: PanelFormat.INT4}
 
 
-def suits(weight: GroupedWeight, bias: torch.Tensor | None) -> bool:
-    """Whether the panels hold such a weight."""
-    return (
-        weight.group_size % ACTIVATION_GROUP == 0
-        and weight.input_order is None
-        and weight.channel_scales is None
-        and bias is None
+def pack(weight: GroupedWeight, bias: torch.Tensor | None) -> NativeWeight:
+    """The weight in panels; outer scales are multiplied into those of the groups."""
+    source = PanelSource(
+        codes=weight.codes,
+        scales=weight.combined_scales(),
+        zero_points=weight.zero_points,
+        bias=bias,
+        input_order=weight.input_order,
     )
-
-
-def pack(weight: GroupedWeight) -> NativeWeight:
-    """The weight in panels of 16 outputs, see kernels/csrc/matmul_kernels.h."""
-    scales = weight.scales.float().contiguous()
-    wide = not torch.equal(scales.half().float(), scales)
-    sizes = (weight.out_features, weight.in_features, weight.group_size, wide)
-    native = NativeWeight("Int4Weight", sizes)
-    codes, zero_points = weight.codes.contiguous(), weight.zero_points.contiguous()
-    native.pack(codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr())
-    return native
+    return pack_panels(FORMATS[weight.bits], source, weight.group_size)

@@ -11,6 +11,7 @@ from qserve.kernels.backend import Backend, choose
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int8_matmul import cpu, reference
 from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
+from qserve.kernels.panels import suits_panels
 
 __all__ = ["Activations", "int8_matmul", "prepare", "quantize_int8", "round_weight"]
 
@@ -35,8 +36,8 @@ def prepare(
         raise ValueError(f"the weight has {weight.bits} bits, expected 8")
     check_bias(bias, weight.out_features)
     backend = choose("int8_matmul", device).backend
-    if backend is Backend.CPU and cpu.suits(weight, bias):
-        return from_native(cpu.pack(weight))
+    if backend is Backend.CPU and suits_panels(weight.group_size, weight.in_features):
+        return from_native(cpu.pack(weight, bias))
     return reference.prepare(weight, device, bias)
 
 

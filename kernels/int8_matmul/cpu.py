@@ -1,31 +1,23 @@
-"""The native 8-bit matmul: the panel layout."""
+"""The native layout of 8-bit codes."""
 
 from __future__ import annotations
 
 import torch
 
-from qserve.kernels.activations import ACTIVATION_GROUP
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.native_weight import NativeWeight
+from qserve.kernels.panels import PanelFormat, PanelSource, pack_panels
 
 
-def suits(weight: GroupedWeight, bias: torch.Tensor | None) -> bool:
-    """Whether the panels hold such a weight."""
-    return (
-        weight.group_size % ACTIVATION_GROUP == 0
-        and weight.is_symmetric
-        and weight.input_order is None
-        and weight.channel_scales is None
-        and bias is None
+def pack(weight: GroupedWeight, bias: torch.Tensor | None) -> NativeWeight:
+    """The weight in panels, without zero points where all are 128; outer scales are multiplied into
+    those of the groups."""
+    source = PanelSource(
+        codes=weight.codes,
+        scales=weight.combined_scales(),
+        zero_points=weight.zero_points,
+        bias=bias,
+        input_order=weight.input_order,
     )
-
-
-def pack(weight: GroupedWeight) -> NativeWeight:
-    """The weight in panels of 16 outputs, see kernels/csrc/matmul_kernels.h."""
-    scales = weight.scales.float().contiguous()
-    wide = not torch.equal(scales.half().float(), scales)
-    sizes = (weight.out_features, weight.in_features, weight.group_size, wide)
-    native = NativeWeight("Int8Weight", sizes)
-    codes = weight.codes ^ 128
-    native.pack(codes.data_ptr(), scales.data_ptr())
-    return native
+    format = PanelFormat.INT8 if weight.is_symmetric else PanelFormat.INT8_ZEROS
+    return pack_panels(format, source, weight.group_size)

@@ -7,14 +7,13 @@ import torch
 from qserve.kernels.activations import Activations
 from qserve.kernels.native import extension
 from qserve.kernels.native_weight import NativeWeight
-from qserve.kernels.packed_weight import round_ahead
+from qserve.kernels.packed_weight import NATIVE_NUMBERS
 
 
 def topk_head(
     x: torch.Tensor, weight: NativeWeight, k: int, activations: Activations
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and values ``[M, k]`` of the largest outputs of each row, largest first."""
-    x, quantized = round_ahead(x, activations)
     shape = (x.shape[0], k)
     ids, values = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
     extension().find_largest(
@@ -22,7 +21,7 @@ def topk_head(
         x.data_ptr(),
         x.stride()[0],
         x.shape[0],
-        quantized,
+        NATIVE_NUMBERS[activations],
         k,
         ids.data_ptr(),
         values.data_ptr(),
