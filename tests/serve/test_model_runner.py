@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from qserve.serve.sequence import Sequence
 
 NUM_STEPS = 20
 PROMPTS = ((5, 6, 7), (100,), tuple(range(40, 80)))
+
+MakeLlama = Callable[..., Path]
 
 
 def load(folder: Path) -> ModelRunner:
@@ -62,14 +65,16 @@ def count_recordings(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     return recorded
 
 
+@pytest.mark.parametrize("variant", [{}, {"attention_bias": True}])
 def test_a_recorded_step_gives_the_logits_of_one_that_is_not(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    make_tiny_llama: MakeLlama, monkeypatch: pytest.MonkeyPatch, variant: dict[str, Any]
 ) -> None:
     recorded = count_recordings(monkeypatch)
-    runner = load(tiny_llama)
+    model = make_tiny_llama(**variant)
+    runner = load(model)
     found = [decode(runner, prompts) for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
     assert len(recorded) == 2  # one for each number of sequences, however many steps there are
-    eager = load(tiny_llama)
+    eager = load(model)
     eager._records_programs = False
     expected = [decode(eager, prompts) for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
     assert len(recorded) == 2
