@@ -10,7 +10,7 @@ from typing import Any
 from qserve.kernels.gated_activation import Gate
 from qserve.quant.errors import CheckpointError
 from qserve.serve.models.llama_config import LlamaConfig, positive, read_llama
-from qserve.serve.models.mixture_config import read_mixture
+from qserve.serve.models.mixture_config import read_mixtral_experts, read_qwen_experts
 
 Config = Mapping[str, Any]
 Windows = tuple[int | None, ...]
@@ -25,7 +25,7 @@ def read_mistral(config: Config) -> LlamaConfig:
 
 def read_mixtral(config: Config) -> LlamaConfig:
     """Mixtral: Mistral with experts."""
-    return replace(read_mistral(config), mixture=read_mixture(config, "MixtralForCausalLM"))
+    return replace(read_mistral(config), mixture=read_mixtral_experts(config))
 
 
 def read_qwen2(config: Config) -> LlamaConfig:
@@ -35,12 +35,17 @@ def read_qwen2(config: Config) -> LlamaConfig:
 
 def read_qwen2_moe(config: Config) -> LlamaConfig:
     """Qwen 2 with experts."""
-    return replace(read_qwen2(config), mixture=read_mixture(config, "Qwen2MoeForCausalLM"))
+    return replace(read_qwen2(config), mixture=read_qwen_experts(config))
 
 
 def read_qwen3(config: Config) -> LlamaConfig:
     """Qwen 3: queries and keys are normed, each head on its own."""
     return replace(read_qwen2(config), has_head_norms=True)
+
+
+def read_qwen3_moe(config: Config) -> LlamaConfig:
+    """Qwen 3 with experts."""
+    return replace(read_qwen3(config), mixture=read_qwen_experts(config))
 
 
 def read_smollm3(config: Config) -> LlamaConfig:

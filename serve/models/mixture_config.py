@@ -46,34 +46,36 @@ MIXTRAL_NAMES = MixtureNames("block_sparse_moe", "w1", "w3", "w2")
 QWEN_NAMES = MixtureNames("mlp", "gate_proj", "up_proj", "down_proj")
 
 
-def read_mixture(config: Mapping[str, Any], architecture: str) -> MixtureConfig | None:
-    """The mixture of a model, None for an architecture without experts.
+def read_mixtral_experts(config: Mapping[str, Any]) -> MixtureConfig:
+    """Mixtral's experts. Raises ``CheckpointError`` for a config that lacks a size."""
+    return MixtureConfig(
+        num_experts=_size(config, "num_local_experts"),
+        top_k=_size(config, "num_experts_per_tok"),
+        intermediate_size=_size(config, "intermediate_size"),
+        renormalize=True,
+        names=MIXTRAL_NAMES,
+    )
 
-    Raises ``CheckpointError`` for a config that lacks a size.
-    """
-    try:
-        if architecture == "MixtralForCausalLM":
-            return MixtureConfig(
-                num_experts=int(config["num_local_experts"]),
-                top_k=int(config["num_experts_per_tok"]),
-                intermediate_size=int(config["intermediate_size"]),
-                renormalize=True,
-                names=MIXTRAL_NAMES,
-            )
-        if architecture == "Qwen2MoeForCausalLM":
-            return MixtureConfig(
-                num_experts=int(config["num_experts"]),
-                top_k=int(config["num_experts_per_tok"]),
-                intermediate_size=int(config["moe_intermediate_size"]),
-                renormalize=bool(config.get("norm_topk_prob", False)),
-                names=QWEN_NAMES,
-                shared_size=int(config["shared_expert_intermediate_size"]),
-                sparse_step=int(config.get("decoder_sparse_step", 1)),
-                dense_layers=frozenset(config.get("mlp_only_layers") or ()),
-            )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"config.json of a {architecture} has no usable {error}: expected the sizes of its "
-            "experts"
-        ) from None
-    return None
+
+def read_qwen_experts(config: Mapping[str, Any]) -> MixtureConfig:
+    """Qwen's experts; Qwen 2 has a shared one. Raises ``CheckpointError`` for a config that lacks a
+    size."""
+    shared = "shared_expert_intermediate_size"
+    count = "num_experts" if "num_experts" in config else "num_local_experts"  # transformers 5
+    return MixtureConfig(
+        num_experts=_size(config, count),
+        top_k=_size(config, "num_experts_per_tok"),
+        intermediate_size=_size(config, "moe_intermediate_size"),
+        renormalize=bool(config.get("norm_topk_prob", False)),
+        names=QWEN_NAMES,
+        shared_size=_size(config, shared) if shared in config else 0,
+        sparse_step=_size({"decoder_sparse_step": 1, **config}, "decoder_sparse_step"),
+        dense_layers=frozenset(config.get("mlp_only_layers") or ()),
+    )
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json has {key} {value!r}: expected a positive number")
+    return value

@@ -33,6 +33,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen2ForCausalLM": Architecture(families.read_qwen2),
     "Qwen2MoeForCausalLM": Architecture(families.read_qwen2_moe),
     "Qwen3ForCausalLM": Architecture(families.read_qwen3),
+    "Qwen3MoeForCausalLM": Architecture(families.read_qwen3_moe),
     "SmolLM3ForCausalLM": Architecture(families.read_smollm3),
 }
 

@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from qserve.kernels.activations import Activations
@@ -31,7 +33,7 @@ from qserve.serve.config import EngineConfig, HeadDtype
 from qserve.serve.engine import Engine
 from qserve.serve.messages import AddRequest, NewTokens, SamplingParams
 from qserve.serve.model_runner import ModelRunner
-from qserve.serve.models.mixture_config import read_mixture
+from qserve.serve.models.mixture_config import read_mixtral_experts
 
 NUM_TOKENS = 40
 GROUP_SIZE = 32
@@ -71,12 +73,29 @@ def make_qwen() -> PreTrainedModel:
             **SIZES,
         )
     )
-    for layer in (0, 2):  # made of zeros, which send every token to the first experts
+    return randomize_routers(model)
+
+
+def make_qwen3() -> PreTrainedModel:
+    """Without a shared expert; heads are normed."""
+    sizes = {**SIZES, "head_dim": 16, "num_experts": 6, "moe_intermediate_size": 32}
+    config = Qwen3MoeConfig(norm_topk_prob=True, mlp_only_layers=[1], **sizes)
+    return randomize_routers(Qwen3MoeForCausalLM(config))
+
+
+def randomize_routers(model: Any) -> PreTrainedModel:
+    """Routers are made of zeros, which send every token to the first experts."""
+    for layer in (0, 2):
         torch.nn.init.normal_(model.model.layers[layer].mlp.gate.weight)
-    return model
+    found: PreTrainedModel = model
+    return found
 
 
-@pytest.fixture(scope="module", params=[make_mixtral, make_qwen], ids=["mixtral", "qwen2-moe"])
+@pytest.fixture(
+    scope="module",
+    params=[make_mixtral, make_qwen, make_qwen3],
+    ids=["mixtral", "qwen2-moe", "qwen3-moe"],
+)
 def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     folder: Path = tmp_path_factory.mktemp("moe")
@@ -180,4 +199,4 @@ def test_what_a_token_reads_is_counted_by_the_experts_it_goes_to(tmp_path: Path)
 
 def test_a_config_without_the_number_of_experts_is_refused() -> None:
     with pytest.raises(CheckpointError, match="num_local_experts"):
-        read_mixture({"num_experts_per_tok": 2}, "MixtralForCausalLM")
+        read_mixtral_experts({"num_experts_per_tok": 2})

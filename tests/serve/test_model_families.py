@@ -64,6 +64,11 @@ CASES = [
         {},
     ),
     ("Qwen3ForCausalLM", {"tie_word_embeddings": True}, {"has_head_norms": True}),
+    (
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
+        {"has_head_norms": True},
+    ),
     ("Phi3ForCausalLM", {**WINDOW, "rope_parameters": None}, {"windows": (12,) * 3}),
     (
         "Phi3ForCausalLM",
