@@ -280,7 +280,8 @@ def _announce(service: Service, address: str, loaded_s: float) -> None:
     url = address if config.uds is None else "http://localhost"
     key = " -H 'Authorization: Bearer KEY'" if config.api_keys else ""
     say(f"qserve {version(DISTRIBUTION)} serves {', '.join(card.names)} at {address}")
-    say(f"  context {card.max_model_len} tokens, ready in {loaded_s:.1f} s")
+    cache = f"keys and values in {card.extras['kv_cache_dtype']}"
+    say(f"  context {card.max_model_len} tokens, {cache}, ready in {loaded_s:.1f} s")
     defaults = service.defaults.describe()
     if defaults:
         say(f"  sampling defaults of generation_config.json: {defaults}")

@@ -68,6 +68,8 @@ def assemble(
     metrics = Metrics(
         config.metrics_prefix, card.names[0], card.max_model_len, lambda: bridge.stats
     )
+    plan = runner.plan
+    metrics.describe_cache(engine_config.kv_format.value, plan.block_size, plan.num_blocks)
     return Service(config, card, tokenizer, defaults, bridge, metrics, Admission())
 
 

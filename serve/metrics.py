@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from qserve.serve.messages import EngineStats
@@ -99,6 +99,17 @@ class Metrics:
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def describe_cache(self, dtype: str, block_size: int, num_blocks: int) -> None:
+        """Note what the KV cache is: labels of a gauge that is always 1."""
+        labels = self._labels | {
+            "cache_dtype": dtype,
+            "block_size": str(block_size),
+            "num_blocks": str(num_blocks),
+        }
+        name = f"{self._prefix}:cache_config_info"
+        info = Gauge(name, "The KV cache.", list(labels), registry=self._registry)
+        info.labels(**labels).set(1)
 
     def request(self, times: SequenceTimes, max_tokens: int, n: int) -> None:
         """Note that a sequence was accepted."""

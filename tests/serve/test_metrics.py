@@ -103,6 +103,13 @@ def test_two_applications_do_not_share_counts(make_client: Any) -> None:
     assert "finished_reason" not in make_client().get("/metrics").text
 
 
+def test_the_cache_is_described() -> None:
+    metrics = Metrics("qserve", "tiny", 100, lambda: EngineStats(0, 0, 0.0, 0, 0, 0))
+    metrics.describe_cache("int8", 16, 320)
+    labels = {"cache_dtype": "int8", "block_size": "16", "num_blocks": "320"}
+    assert value(metrics.render().decode(), "qserve:cache_config_info", **labels) == 1
+
+
 def test_times_are_taken_from_arrival_first_and_last_token() -> None:
     metrics = Metrics("qserve", "tiny", 100, lambda: EngineStats(0, 0, 0.0, 0, 0, 0))
     times = SequenceTimes(arrival_s=10.0, num_prompt_tokens=4)
