@@ -43,6 +43,10 @@ def int4_cases(shapes: ModelShapes) -> Iterator[Case]:
             how = f"groups of {group_size}, {activations.value} activations"
             name = f"down {_size(size)}, {how}, {rows} rows"
             yield _product("int4_matmul", name, make, size, rows, activations)
+        for bits in (2, 3):
+            make = partial(grouped, bits, GROUP_SIZE)
+            name = f"down {_size(size)}, {bits} bits, groups of {GROUP_SIZE}, {rows} rows"
+            yield _product("int4_matmul", name, make, size, rows)
 
 
 def int8_cases(shapes: ModelShapes) -> Iterator[Case]:
@@ -69,8 +73,10 @@ def codebook_cases(shapes: ModelShapes) -> Iterator[Case]:
     """The widest linear layer in nf4."""
     size = shapes.linears["gate_up"]
     for rows in shapes.rows:
-        name = f"gate_up {_size(size)}, blocks of {GROUP_SIZE}, {rows} rows"
-        yield _product("codebook_matmul", name, codebook, size, rows, Activations.FLOAT32)
+        for activations in (Activations.INT8, Activations.FLOAT32):
+            how = f"blocks of {GROUP_SIZE}, {activations.value} activations"
+            name = f"gate_up {_size(size)}, {how}, {rows} rows"
+            yield _product("codebook_matmul", name, codebook, size, rows, activations)
 
 
 def dense_cases(shapes: ModelShapes) -> Iterator[Case]:

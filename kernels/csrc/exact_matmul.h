@@ -6,8 +6,10 @@
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
 
-// For every group: y += s * sum of x * value. The sum of a group is in four parts, input k in part k % 4: short chains of FMAs,
-// and an order that follows from K alone.
+constexpr int kExactRows = 4;  // whose sums fit the registers
+
+// For every group: y += s * sum of x * value. The sum of a group is in parts, input k in part k % kExactSums, whatever R is: the
+// order of sums follows from K alone.
 template <typename Format, int R>
 void exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t) {
   const Format format(job);
@@ -18,14 +20,15 @@ void exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t 
   for (int64_t g = 0; g < job.num_groups; ++g) {
     F zero_points = set1(Format::kBias);
     if constexpr (Format::kZeroPoints) zero_points = load_bytes(panel + job.zeros_offset + g * kPanel + lane);
-    F part[R][4];
-    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { each<4>([&](auto j) QSERVE_INLINE_LAMBDA { part[r][j] = zero(); }); });
+    F part[R][kExactSums];
+    each<R>([&](auto r) QSERVE_INLINE_LAMBDA { each<kExactSums>([&](auto j) QSERVE_INLINE_LAMBDA { part[r][j] = zero(); }); });
     for (int64_t k = 0; k < job.group_size; k += kActivationGroup) {
       Format::quads(codes, [&](auto quad, I bytes) QSERVE_INLINE_LAMBDA {
         each<4>([&](auto j) QSERVE_INLINE_LAMBDA {
           const F value = format.template value<j>(bytes, zero_points);
           each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-            part[r][j] = fma(set1(x[r * job.x_stride + 4 * quad + j]), value, part[r][j]);
+            F& sum = part[r][j % kExactSums];
+            sum = fma(set1(x[r * job.x_stride + 4 * quad + j]), value, sum);
           });
         });
       });
@@ -34,13 +37,15 @@ void exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t 
     }
     const F scales = load_scales(job, panel, g, lane);
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
-      acc[r] = fma(add(add(part[r][0], part[r][1]), add(part[r][2], part[r][3])), scales, acc[r]);
+      F sum = add(part[r][0], part[r][1]);
+      if constexpr (kExactSums == 4) sum = add(sum, add(part[r][2], part[r][3]));
+      acc[r] = fma(sum, scales, acc[r]);
     });
   }
   each<R>([&](auto r) QSERVE_INLINE_LAMBDA { store_outputs(job, row + r, column, acc[r]); });
 }
 
-// A block of rows in parts whose sums fit the registers.
+// A block of rows, a few at a time.
 template <typename Format, int R>
 void exact_block(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t ahead) {
   constexpr int rows = R < kExactRows ? R : kExactRows;

@@ -143,7 +143,6 @@ PanelWeight::PanelWeight(const PanelSizes& sizes) : sizes_(sizes) {
   job_.zeros_offset = scale_bytes;
   job_.codes_offset = round_up(scale_bytes + (has_zero_points(format) ? job_.num_groups * kPanel : 0), 64);
   job_.panel_bytes = job_.codes_offset + job_.padded_k / kActivationGroup * lines_of(format) * 64;
-  bias_offset_ = 0;
   order_offset_ = bias ? num_panels_ * kPanel * int64_t(sizeof(float)) : 0;
   codebook_offset_ = order_offset_ + (ordered ? round_up(k * sizeof(int32_t), 64) : 0);
   panels_offset_ = codebook_offset_ + (format == PanelFormat::kCodebook ? 128 : 0);
@@ -152,7 +151,7 @@ PanelWeight::PanelWeight(const PanelSizes& sizes) : sizes_(sizes) {
 
 void PanelWeight::pack(const PanelSource& source) {
   uint8_t* layout = allocate();
-  if (sizes_.bias) pack_bias(layout + bias_offset_, source.bias, sizes_.out_features, num_panels_);
+  if (sizes_.bias) pack_bias(layout, source.bias, sizes_.out_features, num_panels_);
   if (sizes_.ordered) {
     auto* order = reinterpret_cast<int32_t*>(layout + order_offset_);
     std::copy(source.input_order, source.input_order + sizes_.in_features, order);
@@ -207,7 +206,7 @@ void PanelWeight::multiply_some(const Product& product) const {
   const bool integer = activations == Activations::kInt8 || activations == Activations::kInt8Token;
   PanelJob job = job_;
   job.panels = data() + panels_offset_;
-  job.bias = sizes_.bias ? reinterpret_cast<const float*>(data() + bias_offset_) : nullptr;
+  job.bias = sizes_.bias ? reinterpret_cast<const float*>(data()) : nullptr;
   job.codebook = reinterpret_cast<const float*>(data() + codebook_offset_);
   job.byte_codebook = data() + codebook_offset_ + 64;
   job.x = product.x;
@@ -269,8 +268,7 @@ DenseWeight::DenseWeight(int64_t out_features, int64_t in_features, FloatType ty
   job_.type = type;
   job_.k = in_features;
   job_.out_features = out_features;
-  bias_offset_ = num_panels_ * kPanel * job_.k * (type == FloatType::kFloat32 ? 4 : 2);  // 32 bytes or more at a time
-  bias_offset_ = round_up(bias_offset_, 64);
+  bias_offset_ = round_up(num_panels_ * kPanel * job_.k * (type == FloatType::kFloat32 ? 4 : 2), 64);
   set_nbytes(bias_offset_ + (bias ? num_panels_ * kPanel * int64_t(sizeof(float)) : 0));
 }
 

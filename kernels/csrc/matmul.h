@@ -44,7 +44,7 @@ class PanelWeight : public Weight {
   void round_some(const RoundJob& job, void (*round)(const RoundJob&, int64_t, int64_t)) const;
 
   PanelSizes sizes_;
-  int64_t num_panels_, bias_offset_, order_offset_, codebook_offset_, panels_offset_;
+  int64_t num_panels_, order_offset_, codebook_offset_, panels_offset_;  // the bias is first
   PanelJob job_{};
 };
 

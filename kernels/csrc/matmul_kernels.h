@@ -24,7 +24,7 @@ struct QuantizedRows {
   int64_t group_size;
 };
 
-// Rows to be rounded to int8 for integer products, or (to.codes is null) to be rounded and written as floats [rows][padded_k].
+// Rows to be rounded: to int8 for integer products (`to`), or to what they stand for (`floats`, [rows][padded_k]).
 struct RoundJob {
   const float* x;
   int64_t x_stride;

@@ -11,7 +11,7 @@ namespace {
 constexpr int W = 8;
 constexpr int kDenseRows = 3;
 constexpr int kDenseVectors = 4;
-constexpr int kExactRows = 4;     // rows of the matmul of floats and codes
+constexpr int kExactSums = 2;  // of a row in the matmul of floats and codes: chains of FMAs side by side
 constexpr int kQueryRows = 2;
 constexpr int kColumnVectors = 4;
 

@@ -11,7 +11,7 @@ namespace {
 constexpr int W = 16;
 constexpr int kDenseRows = 6;  // register tile of the float matmul: rows x vectors of outputs
 constexpr int kDenseVectors = 4;
-constexpr int kExactRows = 4;     // rows of the matmul of floats and codes
+constexpr int kExactSums = 4;  // of a row in the matmul of floats and codes: chains of FMAs side by side
 constexpr int kQueryRows = 4;      // query rows that share a converted key or value
 constexpr int kColumnVectors = 4;  // vectors of an output row that are summed at a time
 

@@ -11,7 +11,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "codes are read four at
 constexpr int W = 16;
 constexpr int kDenseRows = 2;
 constexpr int kDenseVectors = 1;
-constexpr int kExactRows = 4;     // rows of the matmul of floats and codes
+constexpr int kExactSums = 2;  // of a row in the matmul of floats and codes: chains of FMAs side by side
 constexpr int kQueryRows = 2;
 constexpr int kColumnVectors = 1;
 
