@@ -45,6 +45,8 @@ void bind_dense_weight(nb::module_& m) {
 }  // namespace
 
 void bind_weights(nb::module_& m) {
+  m.def(
+      "checksum", [](uintptr_t data, size_t bytes) { return checksum(at<const uint8_t>(data), bytes); }, Released());
   nb::class_<PackedWeight>(m, "PackedWeight")
       .def_prop_ro("nbytes", &PackedWeight::nbytes)
       .def_prop_ro("address", [](const PackedWeight& w) { return reinterpret_cast<uintptr_t>(w.data()); })

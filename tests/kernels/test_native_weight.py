@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qserve.kernels import dense_matmul, int4_matmul, int8_matmul
+from qserve.kernels import dense_matmul, int4_matmul, int8_matmul, native
 from qserve.kernels.grouped_weight import GroupedWeight
-from qserve.kernels.native_weight import NativeWeight
+from qserve.kernels.native_weight import NativeWeight, checksum
 from qserve.kernels.packed_weight import PackedWeight, from_native, multiply
 
 OUTPUTS, INPUTS, GROUP_SIZE = 40, 96, 32
@@ -66,3 +66,18 @@ def test_the_bytes_of_a_layout_make_the_same_weight_again(
     assert torch.equal(multiply(X, again), expected)
     ctypes.memset(address, 0, len(layout))
     assert not torch.equal(multiply(X, again), expected), "it does not read the memory"
+
+
+def test_one_changed_bit_changes_the_checksum() -> None:
+    content = torch.randint(0, 256, (300_000,), generator=generator).byte()
+    expected = checksum(content.data_ptr(), content.numel())
+    assert expected == checksum(content.clone().data_ptr(), content.numel())
+    for place in (0, 63, 262_143, 262_144, 299_999):
+        content[place] ^= 1
+        assert checksum(content.data_ptr(), content.numel()) != expected
+        content[place] ^= 1
+    assert checksum(content.data_ptr(), content.numel() - 1) != expected
+    threads = native.num_threads()
+    native.set_num_threads(1)
+    assert checksum(content.data_ptr(), content.numel()) == expected
+    native.set_num_threads(threads)

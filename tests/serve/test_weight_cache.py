@@ -33,7 +33,7 @@ LAYERS = ["q k 96x64", "up 48x64", "lm_head head 80x64"]
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:
-    """A packed layer beside a float one, a float one alone, and a head to be rounded."""
+    """A packed layer beside a float one, a float one with a bias, and a head to be rounded."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(outputs: int) -> torch.Tensor:
@@ -47,6 +47,7 @@ def write_model(folder: Path, seed: int = 0) -> Path:
         "q.scales": torch.rand(groups, 64, generator=generator).half() + 0.1,
         "k.weight": random(32),
         "up.weight": random(48),
+        "up.bias": torch.randn(48, generator=generator),
         "lm_head.weight": random(80),
     }
     folder.mkdir(exist_ok=True)
