@@ -55,6 +55,8 @@ void bind_weights(nb::module_& m) {
   nb::class_<Weight, PackedWeight>(m, "Weight").def("run", &multiply, Released());
   bind_panel_weight(m);
   bind_dense_weight(m);
+  m.def(
+      "checksum", [](uintptr_t data, size_t bytes) { return checksum(at<const uint8_t>(data), bytes); }, Released());
   nb::enum_<FloatType>(m, "FloatType")
       .value("FLOAT32", FloatType::kFloat32)
       .value("FLOAT16", FloatType::kFloat16)
