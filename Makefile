@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: setup demo test test-all check bench docs conformance clean
+.PHONY: setup demo test test-all check bench gpu docs conformance clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -43,6 +43,11 @@ check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+# Tests and timings of the GPU kernels, on a machine that has a GPU.
+gpu: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'triton>=3.9'
+	$(BIN)/python benchmarks/gpu_calibration.py
 
 docs: setup
 	$(BIN)/python docs/generate.py

@@ -1,4 +1,4 @@
-"""Run `qserve bench kernels` for each instruction set and append its rows to docs/benchmarks.
+"""Run `qserve bench kernels` and append its rows to docs/benchmarks.
 
 python benchmarks/kernel_rates.py [--isa avx2] [-- OPTIONS OF qserve bench kernels]
 """
@@ -20,11 +20,11 @@ TABLE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "kernel
 def main() -> None:
     """Parse the command line, measure in a process for each instruction set, append."""
     parser = argparse.ArgumentParser(description="Measure the kernels one by one.")
-    parser.add_argument("--isa", action="append", help="default: every one that this machine has")
+    parser.add_argument("--isa", action="append", help="may be repeated; default: the best")
     parser.add_argument("options", nargs="*", help="for `qserve bench kernels`")
     args = parser.parse_args()
     found = []
-    for isa in args.isa or native.supported_isas():
+    for isa in args.isa or [native.isa()]:
         found += measure([*args.options, "--isa", isa])
     append_rows(TABLE, [stamp() | row for row in found])
 

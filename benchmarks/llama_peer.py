@@ -2,7 +2,7 @@
 
     pip install llama-cpp-python          # in an environment of its own; it compiles for minutes
     python llama_peer.py MODEL.gguf --threads 2
-    python llama_peer.py MODEL.gguf --requantize q4_0    # the layout llama.cpp repacks for AVX2
+    python llama_peer.py MODEL.gguf --convert-to q4_0 --output CONVERTED.gguf
 
 Prints one line of JSON with the figures of `qserve bench engine`. Needs nothing of qserve, so that
 it runs in the peer's environment.
@@ -15,7 +15,6 @@ import ctypes
 import json
 import resource
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ PROMPT_LENGTH = 512
 NUM_PREFILLS = 5
 NUM_STEPS = 48
 NUM_STEPS_AFTER_PROMPT = 64
+CONTEXTS = (512, 1024)
 BATCH_SIZES = (1, 4, 8, 16)
 
 
@@ -75,16 +75,16 @@ def discard(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     """Keep llama.cpp's log off the output."""
 
 
-def requantize(path: Path, file_type: str, folder: str) -> Path:
-    """A copy of a GGUF file in another type."""
+def convert(path: Path, file_type: str, output: Path) -> None:
+    """Write a copy of a GGUF file in another type; it is there in full or not at all."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[file_type]
     params.allow_requantize = True
-    out = Path(folder) / f"{path.stem}-{file_type}.gguf"
-    arguments = (str(path).encode(), str(out).encode(), ctypes.byref(params))
+    beside = output.with_suffix(".part")
+    arguments = (str(path).encode(), str(beside).encode(), ctypes.byref(params))
     if llama_cpp.llama_model_quantize(*arguments) != 0:
-        raise SystemExit(f"llama.cpp could not requantize {path} to {file_type}")
-    return out
+        raise SystemExit(f"llama.cpp could not convert {path} to {file_type}")
+    beside.replace(output)
 
 
 def measure(path: Path, threads: int) -> dict[str, float | int | str]:
@@ -100,17 +100,20 @@ def measure(path: Path, threads: int) -> dict[str, float | int | str]:
         "threads": threads,
         "load_s": round(time.perf_counter() - start, 3),
     }
-    prompt = [((i * 7919) % 40000 + 100, i, 0) for i in range(PROMPT_LENGTH)]
     prefill = []
     for _ in range(NUM_PREFILLS):
         context.clear()
-        prefill.append(context.decode(prompt, all_logits=False))
+        prefill.append(context.decode(make_prompt(0, PROMPT_LENGTH), all_logits=False))
     result["prefill512_tok_s"] = round(PROMPT_LENGTH / statistics.median(prefill), 1)
-    at_512 = [
-        context.decode([(5, PROMPT_LENGTH + i, 0)], all_logits=True)
-        for i in range(NUM_STEPS_AFTER_PROMPT)
-    ]
-    result["decode_b1_at512_tok_s"] = round(1 / statistics.median(at_512), 1)
+    for length in CONTEXTS:
+        context.clear()
+        for start_at in range(0, length, PROMPT_LENGTH):
+            context.decode(make_prompt(start_at, PROMPT_LENGTH), all_logits=False)
+        steps = [
+            context.decode([(5, length + i, 0)], all_logits=True)
+            for i in range(NUM_STEPS_AFTER_PROMPT)
+        ]
+        result[f"decode_b1_at{length}_tok_s"] = round(1 / statistics.median(steps), 1)
     context.close()
     for size in BATCH_SIZES:
         context = Context(model, size, threads)
@@ -124,19 +127,25 @@ def measure(path: Path, threads: int) -> dict[str, float | int | str]:
     return result
 
 
+def make_prompt(position: int, length: int) -> list[tuple[int, int, int]]:
+    """Tokens spread over the vocabulary, from ``position`` on."""
+    return [((i * 7919) % 40000 + 100, i, 0) for i in range(position, position + length)]
+
+
 def main() -> None:
     """Parse the command line, measure, print one line of JSON."""
     parser = argparse.ArgumentParser(description="Measure llama.cpp on one GGUF file.")
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--requantize", choices=FILE_TYPES)
+    parser.add_argument("--convert-to", choices=FILE_TYPES, help="only convert the file")
+    parser.add_argument("--output", type=Path, help="of the conversion")
     args = parser.parse_args()
     llama_cpp.llama_backend_init()
     llama_cpp.llama_log_set(discard, None)
-    with tempfile.TemporaryDirectory() as folder:
-        path = requantize(args.gguf, args.requantize, folder) if args.requantize else args.gguf
-        result = {"format": args.requantize or "as given", **measure(path, args.threads)}
-    print(json.dumps(result))
+    if args.convert_to:
+        convert(args.gguf, args.convert_to, args.output)
+    else:
+        print(json.dumps(measure(args.gguf, args.threads)))
 
 
 if __name__ == "__main__":

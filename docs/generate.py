@@ -1,4 +1,4 @@
-"""Write the pages of docs/reference/ that come from the code: what `make docs` calls."""
+"""Write the pages and charts that come from the code and from tables: what `make docs` calls."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from pathlib import Path
 
 import click
 
+from qserve.cli.engine_comparison import engine_chart, engine_table
 from qserve.cli.errors import ExitCode
 from qserve.cli.main import PROGRAM, cli
-from qserve.cli.row_table import STAMP, last_run
+from qserve.cli.row_table import STAMP, last_run, replace_text
 
 DOCS = Path(__file__).resolve().parent
-REFERENCE = DOCS / "reference"
+ROOT = DOCS.parent
+README = ROOT / "README.md"
 BENCHMARKS = DOCS / "benchmarks"
+ENGINES = BENCHMARKS / "engines.csv"
+CHART = BENCHMARKS / "engines.svg"
+MARK_BEGIN, MARK_END = "<!-- engines: written by make docs -->", "<!-- engines end -->"
 WIDTH = 100  # so that the pages do not depend on who runs this
 
 
@@ -59,32 +64,60 @@ def benchmarks() -> str:
         "# Benchmarks",
         "Written by `make docs`: the last run in each table of docs/benchmarks.",
     ]
-    parts += [_last_run(table) for table in sorted(BENCHMARKS.glob("*.csv"))]
+    for table in sorted(BENCHMARKS.glob("*.csv")):
+        rows = last_run(table)
+        shown = _engines(rows) if table == ENGINES else _rows(rows)
+        date, commit = (rows[0][column] for column in STAMP)
+        title = table.stem.replace("_", " ").capitalize()
+        parts += [f"## {title}", f"{date}, {commit}.", shown]
     return "\n\n".join(parts) + "\n"
 
 
-def _last_run(table: Path) -> str:
-    shown = last_run(table)
-    columns = [column for column in shown[0] if column not in STAMP]
+def _engines(rows: list[dict[str, str]]) -> str:
+    first = rows[0]
+    measured = f"{first['model']} on {first['threads']} threads of {first['cpu']}; in brackets, "
+    measured += "how many times better qserve is."
+    chart = f"![the rates as bars](../benchmarks/{CHART.name})"
+    return "\n\n".join([measured, engine_table(rows), chart])
+
+
+def _rows(rows: list[dict[str, str]]) -> str:
+    columns = [column for column in rows[0] if column not in STAMP]
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
-    lines += [" | ".join(row[column] or "" for column in columns) for row in shown]
-    date, commit = (shown[0][column] for column in STAMP)
-    title = table.stem.replace("_", " ").capitalize()
-    return "\n".join([f"## {title}", "", f"{date}, {commit}.", "", *(f"| {x} |" for x in lines)])
+    lines += [" | ".join(row[column] or "" for column in columns) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
-PAGES = {"cli.md": command_line, "benchmarks.md": benchmarks}
+def chart() -> str:
+    """The comparison of engines as an SVG."""
+    return engine_chart(last_run(ENGINES))
+
+
+def readme() -> str:
+    """The README with the comparison of engines between its two marks."""
+    text = README.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(MARK_BEGIN)
+    _, end, after = rest.partition(MARK_END)
+    if not (begin and end):
+        raise ValueError(f"README.md must have {MARK_BEGIN} and {MARK_END}, in this order")
+    return f"{before}{begin}\n\n{engine_table(last_run(ENGINES))}\n\n{end}{after}"
+
+
+PAGES = {
+    DOCS / "reference" / "cli.md": command_line,
+    DOCS / "reference" / "benchmarks.md": benchmarks,
+    CHART: chart,
+    README: readme,
+}
 
 
 def main() -> int:
-    """Write the pages that differ and name them."""
-    REFERENCE.mkdir(exist_ok=True)
-    for name, render in PAGES.items():
-        path = REFERENCE / name
+    """Write what differs and name it."""
+    for path, render in PAGES.items():
         text = render()
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
-            print(f"wrote {path.relative_to(DOCS.parent)}")
+            replace_text(path, text)
+            print(f"wrote {path.relative_to(ROOT)}")
     return 0
 
 

@@ -4,6 +4,8 @@
 #include <memory>
 #include <new>
 
+#include "exact_memory.h"
+
 namespace qserve {
 namespace {
 
@@ -21,8 +23,8 @@ struct Block {
 std::byte* scratch(ScratchUse use, size_t bytes) {
   thread_local Block blocks[3];
   Block& block = blocks[int(use)];
-  if (block.size < bytes || block.memory == nullptr) {
-    const size_t size = std::max(bytes, block.size * 3 / 2 + 4096);
+  if (block.size < bytes || block.memory == nullptr || kExactMemory) {
+    const size_t size = kExactMemory ? bytes : std::max(bytes, block.size * 3 / 2 + 4096);
     block.memory.reset();
     block.size = 0;
     block.memory.reset(new (std::align_val_t{64}) std::byte[size]);

@@ -9,6 +9,7 @@
 #include <new>
 #include <vector>
 
+#include "exact_memory.h"
 #include "pool.h"
 
 namespace qserve {
@@ -63,6 +64,10 @@ uint64_t checksum(const uint8_t* data, size_t bytes) {
 }
 
 std::shared_ptr<uint8_t[]> allocate_weight(size_t bytes) {
+  if (kExactMemory) {
+    constexpr std::align_val_t kLine{64};
+    return {new (kLine) uint8_t[bytes], [](uint8_t* memory) { operator delete[](memory, kLine); }};
+  }
   static std::mutex mutex;
   static std::shared_ptr<uint8_t[]> region;
   static size_t used = 0;
