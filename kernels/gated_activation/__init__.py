@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.gated_activation import cpu, reference
 from qserve.kernels.gated_activation.gate import Gate
 from qserve.kernels.rows import check_output, check_rows
@@ -26,8 +26,11 @@ def gated_activation(
     if width % 2:
         raise ValueError(f"gate_up has {width} columns, expected an even number: gate and up")
     out = check_output(gate_up, width // 2, out)
-    if choose("gated_activation", gate_up.device).backend is Backend.CPU:
+    backend = choose("gated_activation", gate_up.device).backend
+    if backend is Backend.CPU:
         cpu.gated_activation(gate_up, activation, out)
+    elif backend is Backend.TRITON:
+        load_kernel("gated_activation").gated_activation(gate_up, activation, out)
     else:
         reference.gated_activation(gate_up, activation, out)
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.kv_store import cpu, reference
 from qserve.kernels.kv_store.rope import (
@@ -67,7 +67,12 @@ def rope_and_store(
             raise TypeError(f"{name} is {indices.dtype}, expected int32")
         if indices.dim() != 1 or indices.size(0) != qkv.size(0) or not indices.is_contiguous():
             raise ValueError(f"{name} has shape {tuple(indices.shape)}, expected [{qkv.size(0)}]")
-    if choose("kv_store", qkv.device).backend is Backend.CPU:
+    backend = choose("kv_store", qkv.device).backend
+    if backend is Backend.CPU:
         cpu.rope_and_store(qkv, positions, cos_sin, kv, slot_mapping, interleaved)
+    elif backend is Backend.TRITON:
+        load_kernel("kv_store").rope_and_store(
+            qkv, positions, cos_sin, kv, slot_mapping, interleaved
+        )
     else:
         reference.rope_and_store(qkv, positions, cos_sin, kv, slot_mapping, interleaved)

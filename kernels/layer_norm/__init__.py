@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.layer_norm import cpu, reference
 from qserve.kernels.rms_norm import check_norm
 from qserve.kernels.rows import check_output
@@ -35,8 +35,11 @@ def layer_norm(
             f"bias has shape {tuple(bias.shape)}, expected contiguous {tuple(weight.shape)}"
         )
     out = check_output(x, x.shape[1], out)
-    if choose("layer_norm", x.device).backend is Backend.CPU:
+    backend = choose("layer_norm", x.device).backend
+    if backend is Backend.CPU:
         cpu.layer_norm(x, weight, bias, eps, residual, out)
+    elif backend is Backend.TRITON:
+        load_kernel("layer_norm").layer_norm(x, weight, bias, eps, residual, out)
     else:
         reference.layer_norm(x, weight, bias, eps, residual, out)
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.rms_norm import cpu, reference
 from qserve.kernels.rows import check_output, check_rows
 
@@ -30,8 +30,11 @@ def rms_norm(
     """
     check_norm(x, weight, residual)
     out = check_output(x, x.shape[1], out)
-    if choose("rms_norm", x.device).backend is Backend.CPU:
+    backend = choose("rms_norm", x.device).backend
+    if backend is Backend.CPU:
         cpu.rms_norm(x, weight, eps, residual, weight_offset, out)
+    elif backend is Backend.TRITON:
+        load_kernel("rms_norm").rms_norm(x, weight, eps, residual, weight_offset, out)
     else:
         reference.rms_norm(x, weight, eps, residual, weight_offset, out)
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.rms_norm import check_norm
 from qserve.kernels.rms_norm_int8 import cpu, reference
 
@@ -28,8 +28,11 @@ def rms_norm_int8(
     check_norm(x, weight, residual)
     codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty(x.shape[0], device=x.device)
+    backend = choose("rms_norm_int8", x.device).backend
     run = reference.rms_norm_int8
-    if choose("rms_norm_int8", x.device).backend is Backend.CPU:
+    if backend is Backend.CPU:
         run = cpu.rms_norm_int8
+    elif backend is Backend.TRITON:
+        run = load_kernel("rms_norm_int8").rms_norm_int8
     run(x, weight, eps, residual, weight_offset, codes, scales)
     return codes, scales

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.rows import check_rows
 from qserve.kernels.sample import cpu, reference
 from qserve.kernels.sample.batch import (
@@ -34,6 +34,10 @@ def sample_tokens(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """
     check_rows("logits", logits, logits.shape[-1])
     batch.check(logits)
-    if choose("sample", logits.device).backend is Backend.CPU:
+    backend = choose("sample", logits.device).backend
+    if backend is Backend.CPU:
         return cpu.sample_tokens(logits, batch)
+    if backend is Backend.TRITON:
+        tokens: torch.Tensor = load_kernel("sample").sample_tokens(logits, batch)
+        return tokens
     return reference.sample_tokens(logits, batch)

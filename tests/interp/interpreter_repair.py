@@ -64,8 +64,12 @@ def install(evaluate: Evaluate) -> None:
         num_outputs = constraints.count("=")
         words = evaluate(assembly, num_outputs, [_registers(value.data, pack) for value in values])
         shape = values[0].data.shape
+        size = num_outputs // len(types)  # registers that the elements of one result fill
         return _Results(
-            [_elements(word, kind, shape) for word, kind in zip(words, types, strict=True)]
+            [
+                _elements(words[size * i : size * (i + 1)], kind, shape)
+                for i, kind in enumerate(types)
+            ]
         )
 
     InterpreterBuilder.create_dot = dot
@@ -142,6 +146,7 @@ def _registers(data: np.ndarray, pack: int) -> np.ndarray:
     return np.ascontiguousarray(data).reshape(-1).view(np.uint32)
 
 
-def _elements(words: np.ndarray, kind: Any, shape: tuple[int, ...]) -> Any:
+def _elements(words: Sequence[np.ndarray], kind: Any, shape: tuple[int, ...]) -> Any:
     dtype = kind.scalar
-    return TensorHandle(words.view(interpreter._get_np_dtype(dtype)).reshape(shape), dtype)
+    in_order = np.stack(words, axis=1).reshape(-1)
+    return TensorHandle(in_order.view(interpreter._get_np_dtype(dtype)).reshape(shape), dtype)

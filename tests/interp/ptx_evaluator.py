@@ -54,6 +54,8 @@ def _execute(opcode: str, values: list[Words]) -> Words:
     name, *_, kind = opcode.split(".")
     if name == "lop3":
         return _lop3(*values)
+    if name == "prmt":
+        return _permute(*values)
     if kind in _PACKED and name in _ARITHMETIC:
         numbers = [_unpack(value, _PACKED[kind]) for value in values]
         return _pack(_ARITHMETIC[name](*numbers), _PACKED[kind])
@@ -68,6 +70,14 @@ def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
     for i in range(8):
         if int(table[0]) >> i & 1:
             result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return result
+
+
+def _permute(a: Words, b: Words, selector: Words) -> Words:
+    # Each nibble of the selector names a byte of a (0 to 3) or b (4 to 7), the lowest byte first.
+    sources = np.concatenate([x[:, None].view(np.uint8) for x in (a, b)], axis=1)
+    named = [int(selector[0]) >> (4 * i) & 7 for i in range(4)]
+    result: Words = np.ascontiguousarray(sources[:, named]).view(np.uint32)[:, 0]
     return result
 
 

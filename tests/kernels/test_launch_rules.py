@@ -8,9 +8,12 @@ from math import ceil
 import pytest
 import torch
 
+from qserve.kernels.gated_activation.launch import gate_cost, gate_grid
 from qserve.kernels.gpu_target import TARGETS, GpuTarget, Vendor, gpu_target
 from qserve.kernels.int4_matmul import launch as int4
 from qserve.kernels.int4_matmul.launch import Int4Problem, Unpack, int4_cost, int4_launch
+from qserve.kernels.kv_cache import KvFormat
+from qserve.kernels.kv_store.launch import StoreProblem, store_cost, store_launch
 from qserve.kernels.paged_attention import launch as attention
 from qserve.kernels.paged_attention.launch import (
     AttentionProblem,
@@ -19,6 +22,8 @@ from qserve.kernels.paged_attention.launch import (
     prefill_cost,
     tile_constants,
 )
+from qserve.kernels.rms_norm.launch import NormProblem, norm_cost, norm_launch
+from qserve.kernels.sample.launch import sample_cost
 
 A100 = TARGETS["sm_80"]
 LAYER = Int4Problem(1, 4096, 4096, 128, torch.float16)
@@ -175,6 +180,36 @@ def test_a_chunk_costs_each_token_with_all_before_it() -> None:
     assert cost.flops == 4 * (11 + 12 + 13) * 32 * 128
     assert cost.num_bytes == 2 * 2 * 13 * 8 * 128 + 2 * 2 * 3 * 32 * 128
     assert attention.trip_bytes(BATCH) == 2 * 2 * 64 * 128
+
+
+@pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64), (1, 1, 256), (40, 40, 80)])
+def test_a_store_covers_all_heads_of_all_tokens(heads: tuple[int, int, int]) -> None:
+    launch = store_launch(StoreProblem(7, *heads, heads[2], 64, KvFormat.INT8))
+    num_tiles = ceil(heads[0] / launch.heads) + 2 * ceil(heads[1] / launch.heads)
+    assert launch.grid == (7, num_tiles)
+    assert launch.heads & (launch.heads - 1) == 0 and 1 <= launch.num_warps <= 8
+
+
+def test_the_cost_of_a_store_is_the_heads_and_the_rows_of_the_cache() -> None:
+    cost = store_cost(StoreProblem(1, 32, 8, 128, 128, 64, KvFormat.INT4))
+    heads = 2 * 128 * (2 * 32 + 3 * 8)
+    assert cost.num_bytes == heads + 2 * 8 * (64 + 4) + 4 * 128 + 8
+
+
+@pytest.mark.parametrize("width", [100, 576, 4096, 16384])
+def test_a_norm_has_a_thread_block_for_each_row_and_columns_for_its_width(width: int) -> None:
+    launch = norm_launch(NormProblem(5, width))
+    assert launch.grid == (5,)
+    assert launch.block >= width and launch.block & (launch.block - 1) == 0
+    assert launch.num_warps <= 16
+
+
+def test_the_cost_of_row_ops_is_one_pass() -> None:
+    assert norm_cost(NormProblem(2, 100, has_residual=True)).num_bytes == 2 * 100 * 8
+    assert norm_cost(NormProblem(2, 100, is_int8=True)).num_bytes == 2 * 100 * 3 + 2 * 4
+    assert gate_cost(2, 100).num_bytes == 2 * 100 * 6
+    assert gate_grid(2, 1025) == (2, 2)
+    assert sample_cost(2, 100).num_bytes == 2 * 100 * 4
 
 
 def test_a_cpu_is_no_target() -> None:

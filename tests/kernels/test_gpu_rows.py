@@ -1,0 +1,139 @@
+"""The Triton kernels of rows, of the store into the cache and of sampling on a real GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qserve.kernels.backend import Backend, choose
+from qserve.kernels.gated_activation import Gate, gated_activation
+from qserve.kernels.gated_activation import reference as gated_reference
+from qserve.kernels.kv_cache import KvFormat, LayerCache
+from qserve.kernels.kv_store import reference as store_reference
+from qserve.kernels.kv_store import rope_and_store, rope_table
+from qserve.kernels.layer_norm import layer_norm
+from qserve.kernels.layer_norm import reference as layer_reference
+from qserve.kernels.rms_norm import reference as rms_reference
+from qserve.kernels.rms_norm import rms_norm
+from qserve.kernels.rms_norm_int8 import rms_norm_int8
+from qserve.kernels.sample import SamplingBatch, sample_tokens
+from qserve.kernels.sample import reference as sample_reference
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.float16, torch.bfloat16)
+FORMATS = (KvFormat.BFLOAT16, KvFormat.FLOAT8, KvFormat.INT8, KvFormat.INT4)
+OPS = (
+    "gated_activation", "kv_store", "layer_norm", "rms_norm", "rms_norm_int8",
+    "sample",
+)  # fmt: skip
+BLOCK_SIZE = 64
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU that the tests run on."""
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def steps_apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference in steps of the dtype at the size of the result."""
+    steps = torch.finfo(found.dtype).eps * expected.float().abs().clamp(min=2**-6)
+    return float(((found.float() - expected.float()).abs() / steps).nan_to_num(nan=1e9).max())
+
+
+def on(device: torch.device, kv: LayerCache) -> LayerCache:
+    parts = (kv.k, kv.v, kv.k_scales, kv.v_scales, kv.k_offsets, kv.v_offsets)
+    k, v, *numbers = (None if part is None else part.to(device) for part in parts)
+    assert k is not None and v is not None
+    return LayerCache(k, v, *numbers)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_triton_runs_the_op(op: str, device: torch.device) -> None:
+    assert choose(op, device).backend is Backend.TRITON
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [576, 4096, 14336])
+def test_norms_are_their_definitions(width: int, dtype: torch.dtype, device: torch.device) -> None:
+    x, weight, bias = random(17, width, dtype=dtype), random(width), random(width + 1)[:width]
+    residuals = [random(17, width, dtype=dtype) for _ in range(2)]
+    expected, moved = torch.empty_like(x), residuals[1].to(device)
+    rms_reference.rms_norm(x, weight, 1e-5, residuals[0], 1.0, expected)
+    found = rms_norm(x.to(device), weight.to(device), 1e-5, residual=moved, weight_offset=1.0)
+    assert steps_apart(found.cpu(), expected) <= 1
+    assert torch.equal(moved.cpu(), residuals[0])
+    layer_reference.layer_norm(x, weight, bias, 1e-5, None, expected)
+    found = layer_norm(x.to(device), weight.to(device), bias.contiguous().to(device), 1e-5)
+    assert steps_apart(found.cpu(), expected) <= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_rounded_norm_is_near_the_norm(dtype: torch.dtype, device: torch.device) -> None:
+    x, weight = random(9, 4096, dtype=dtype).to(device), random(4096).to(device)
+    codes, scales = rms_norm_int8(x, weight, 1e-5)
+    wide = torch.empty(x.shape, device=device)
+    rms_reference.rms_norm(x, weight, 1e-5, None, 0.0, wide)
+    off = (codes.float() * scales[:, None] - wide).abs() / scales[:, None]
+    assert float(off.max()) < 0.501
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", Gate)
+def test_the_gated_activation_is_its_definition(
+    activation: Gate, dtype: torch.dtype, device: torch.device
+) -> None:
+    gate_up = random(33, 2 * 14336, dtype=dtype)
+    expected = torch.empty(33, 14336, dtype=dtype)
+    gated_reference.gated_activation(gate_up, activation, expected)
+    assert steps_apart(gated_activation(gate_up.to(device), activation).cpu(), expected) <= 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64), (8, 8, 80), (4, 2, 256)])
+def test_what_is_stored_is_what_the_definition_stores(
+    heads: tuple[int, int, int], format: KvFormat, device: torch.device
+) -> None:
+    num_heads, num_kv_heads, head_dim = heads
+    qkv = random(100, (num_heads + 2 * num_kv_heads) * head_dim, dtype=torch.bfloat16)
+    places, table = torch.arange(100).int(), rope_table(head_dim, 100, 10000.0)
+    kv = LayerCache.allocate(format, 2, num_kv_heads, BLOCK_SIZE, head_dim)
+    moved, moved_qkv = on(device, kv), qkv.to(device)
+    rope_and_store(moved_qkv, places.to(device), table.to(device), moved, places.to(device))
+    store_reference.rope_and_store(qkv, places, table, kv, places, False)
+    assert float((moved_qkv.cpu().float() - qkv.float()).abs().max()) <= 2**-6
+    # Values are not turned: nothing can have been rounded otherwise.
+    for mine, theirs in ((moved.v, kv.v), (moved.v_scales, kv.v_scales)):
+        if mine is not None and theirs is not None:
+            assert torch.equal(mine.cpu().view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("vocabulary", [32000, 151936])
+@pytest.mark.parametrize(
+    "settings", [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 0.95, 0.02), (1.2, 0, 0.9, 0.0)]
+)
+def test_the_tokens_are_those_of_the_definition(
+    settings: tuple[float, int, float, float], vocabulary: int, device: torch.device
+) -> None:
+    temperature, top_k, top_p, min_p = settings
+    logits = 2 * random(16, vocabulary)
+    ones = torch.ones(16)
+    batch = [
+        temperature * ones,
+        torch.full((16,), top_k, dtype=torch.int32),
+        top_p * ones,
+        min_p * ones,
+        ones,
+        0 * ones,
+        0 * ones,
+        torch.linspace(0, 0.999, 16, dtype=torch.float64),
+    ]
+    expected = sample_reference.sample_tokens(logits, SamplingBatch(*batch))
+    moved = SamplingBatch(*(vector.to(device) for vector in batch))
+    assert torch.equal(sample_tokens(logits.to(device), moved).cpu(), expected)
