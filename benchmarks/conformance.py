@@ -1,7 +1,7 @@
-"""Do other engines compute what we compute from a checkpoint of ours? What `make conformance` runs.
+"""Do other tools compute what we compute, from our checkpoints and from theirs? `make conformance`.
 
-Builds an environment with AutoAWQ and GPTQModel under build/, gives both a checkpoint quantized
-by qserve, and compares their logits with our own evaluation in float32.
+Builds environments with the other tools under build/, takes a small model through every format in
+both directions, compares weights and logits, and writes the table of docs/conformance.md.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
-import sys
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,88 +18,102 @@ from pathlib import Path
 
 import click
 import torch
+from conformance_models import RECIPES, draw_tokens, write_float_model, write_ours
 from safetensors.torch import load_file, save_file
 
-from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
-from qserve.cli.demo_model import NAME, find_model
-from qserve.cli.row_table import append_rows, stamp
-from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.decoder import Decoder
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.report import FILE_NAME as REPORT_NAME
-from qserve.quant.windows import python_topics, spread_windows, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "conformance"
-ROWS = ROOT / "docs" / "benchmarks" / "conformance.csv"
+PAGE = ROOT / "docs" / "conformance.md"
+TABLE_START, TABLE_END = "<!-- matrix -->", "<!-- end of matrix -->"
 PEERS_SCRIPT = Path(__file__).with_name("conformance_peers.py")
 REQUIREMENTS = Path(__file__).with_name("conformance_requirements.txt")
-PEERS = {"autoawq": "autoawq==0.2.9", "gptqmodel": "gptqmodel==7.7.0"}
-NUM_WINDOWS, WINDOW_TOKENS = 2, 64
-# Both peers round dequantized weights and activations to float16 (2^-11 each time), we do not.
-# A wrong order, group or zero point changes logits by their own magnitude.
-LIMIT = 1e-2
-TIMEOUT_S = 1800
+PINS = {
+    "autoawq": "autoawq==0.2.9",
+    "gptqmodel": "gptqmodel==7.7.0",
+    "compressed-tensors": "compressed-tensors==0.20.0",
+    "bitsandbytes": "bitsandbytes==0.50.2",
+}
+ENVIRONMENTS = (("autoawq", "gptqmodel"), ("compressed-tensors", "bitsandbytes"))
+"""Tools that can share one."""
+
+GPTQ = [name for name in RECIPES if name.startswith("gptq")]
+LOADED = {
+    "autoawq": ["awq"],
+    "gptqmodel": ["awq", *GPTQ],
+    "compressed-tensors": [name for name in RECIPES if "quantized" in name],
+    "bitsandbytes": ["nf4", "fp4", "LLM.int8"],
+}
+"""Tool -> our checkpoints that it loads."""
+
+MADE = {
+    "autoawq": ["gemm", "gemv"],
+    "compressed-tensors": ["int4", "int8", "float8"],
+    "bitsandbytes": ["nf4", "fp4", "int8"],
+}
+"""Tool -> checkpoints that it writes and we load."""
+
+# Weights are compared in float32: what differs is the last digit of a product. bitsandbytes rounds
+# the activations of its CPU kernels, AutoAWQ and GPTQModel compute in float16, we do not.
+WEIGHT_LIMIT = 1e-6
+HALF_WEIGHT_LIMIT = 2e-3  # GPTQModel dequantizes to float16
+LOGIT_LIMIT = 1e-2
+ROUNDED_LOGIT_LIMIT = 1e-1
+TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """One peer against us.
+class Cell:
+    """One tool, one format, one direction; the largest differences, relative to the largest value.
 
-    logits: largest difference of a logit, relative to the largest logit.
-    same_top: share of the positions with the same most likely token.
-    weights: largest relative difference of a weight of the first block; None if not compared.
+    weights: of the first block; None where the tool has no dequantization of its own.
     """
 
     peer: str
-    logits: float
-    same_top: float
+    direction: str
+    format: str
     weights: float | None
+    logits: float
+
+    @property
+    def is_green(self) -> bool:
+        """Whether weights are equal but for rounding, and logits near."""
+        half = self.peer == "gptqmodel"
+        rounds = self.peer == "bitsandbytes"
+        weight_limit = HALF_WEIGHT_LIMIT if half else WEIGHT_LIMIT
+        logit_limit = ROUNDED_LOGIT_LIMIT if rounds else LOGIT_LIMIT
+        return (self.weights or 0.0) <= weight_limit and self.logits <= logit_limit
 
 
-def prepare_environment() -> Path:
-    """The Python of an environment that has both peers; made again when the pins change."""
-    pins = "\n".join([REQUIREMENTS.read_text(), *PEERS.values()])
+def prepare_environment(peers: Sequence[str]) -> Path:
+    """The Python of an environment that has these tools; made again when the pins change."""
+    pins = "\n".join([REQUIREMENTS.read_text(), *(PINS[peer] for peer in peers)])
     folder = BUILD / f"venv-{hashlib.sha256(pins.encode()).hexdigest()[:8]}"
     python, done = folder / "bin" / "python", folder / "complete"
     if not done.is_file():
-        say(f"making {folder.relative_to(ROOT)} with {', '.join(PEERS.values())} (once)")
+        say(f"making {folder.relative_to(ROOT)} with {', '.join(peers)} (once)")
         venv.create(folder, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         log = folder / "pip.log"
         run([*pip, "--requirement", str(REQUIREMENTS)], log)
-        run([*pip, "--no-deps", "--no-build-isolation", *PEERS.values()], log)
+        run([*pip, "--no-deps", "--no-build-isolation", *(PINS[peer] for peer in peers)], log)
         done.write_text(pins)
     return python
 
 
-def run(command: Sequence[str | Path], log: Path, **environment: str) -> None:
+def run(command: Sequence[str | Path], log: Path) -> None:
     """Run a command with what it prints added to ``log``."""
+    # On two cores GPTQModel refuses to be imported unless it is told how many to use.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
     with log.open("a") as file:
         done = subprocess.run(
-            command,
-            stdout=file,
-            stderr=file,
-            env=os.environ | environment,
-            timeout=TIMEOUT_S,
-            check=False,
+            command, stdout=file, stderr=file, env=environment, timeout=TIMEOUT_S, check=False
         )
     if done.returncode:
         raise click.ClickException(f"{Path(command[0]).name} failed: its output is in {log}")
-
-
-def prepare_checkpoint() -> Path:
-    """The demo model quantized by the command line, quickly; kept under build/."""
-    folder = BUILD / f"{NAME}-awq"
-    if not (folder / "config.json").is_file():
-        model = find_model(cache_folder(os.environ))
-        options = ["--rounding", "nearest", "--samples", "8", "--seq-len", "256"]
-        command = [sys.executable, "-m", "qserve.cli.main", "quantize", str(model), *options]
-        command += ["--output", str(folder)]
-        if subprocess.run(command, check=False).returncode:
-            raise click.ClickException("the demo model could not be quantized: see above")
-    return folder
 
 
 @torch.inference_mode()
@@ -113,86 +127,87 @@ def compute_logits(folder: Path, token_ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def run_peer(peer: str, python: Path, folder: Path, tokens: Path) -> dict[str, torch.Tensor]:
-    """What a peer computes: ``logits``, and weights by their full names."""
-    result = tokens.with_name(f"{peer}.safetensors")
-    log = tokens.with_name(f"{peer}.log")
-    log.unlink(missing_ok=True)
-    # On two cores GPTQModel refuses to be imported unless it is told how many to use.
-    command: list[str | Path] = [python, PEERS_SCRIPT, peer, folder, tokens, result]
-    run(command, log, HF_HUB_OFFLINE="1", GPTQMODEL_CPU_WORKERS="2")
-    return load_file(result)
-
-
-def compare(
-    peer: str, folder: Path, ours: torch.Tensor, theirs: dict[str, torch.Tensor]
-) -> Comparison:
-    """How far a peer's results are from ours."""
-    logits = theirs.pop("logits")
+def compare(folder: Path, theirs: dict[str, torch.Tensor]) -> tuple[float | None, float]:
+    """Differences of the weights of the first block and of the logits."""
     checkpoint = Checkpoint(folder)
-    differences = []
-    for name, weight in theirs.items():
-        packed = checkpoint.linear(name.removesuffix(".weight"))
-        assert isinstance(packed, GroupedWeight)
-        expected = packed.dequantize()
-        differences.append(float((weight - expected).abs().max() / expected.abs().max()))
-    return Comparison(
-        peer=PEERS[peer],
-        logits=float((logits - ours).abs().max() / ours.abs().max()),
-        same_top=float((logits.argmax(-1) == ours.argmax(-1)).float().mean()),
-        weights=max(differences, default=None),
-    )
+    logits = theirs.pop("logits")
+    weights = []
+    for name, found in theirs.items():
+        weight = checkpoint.linear(name.removesuffix(".weight"))
+        ours = weight.float() if isinstance(weight, torch.Tensor) else weight.dequantize()
+        weights.append(float((ours - found).abs().max() / ours.abs().max()))
+    ours = compute_logits(folder, draw_tokens())
+    return max(weights, default=None), float((ours - logits).abs().max() / ours.abs().max())
 
 
-def record(checkpoint: Path, num_positions: int, found: list[Comparison]) -> None:
-    """Append a row for each peer to the results that the documentation quotes."""
-    report = json.loads((checkpoint / REPORT_NAME).read_text(encoding="utf-8"))
-    scheme = {name: report[name] for name in ("method", "bits", "group_size")}
-    append_rows(
-        ROWS,
-        [
-            stamp()
-            | {"peer": one.peer, "checkpoint": checkpoint.name}
-            | scheme
-            | {
-                "positions": num_positions,
-                "max_relative_logit_difference": f"{one.logits:.2e}",
-                "same_top_token": f"{one.same_top:.4f}",
-                "max_relative_weight_difference": "" if one.weights is None else one.weights,
-            }
-            for one in found
-        ],
-    )
+def fill_cells(peer: str, python: Path, work: Path) -> list[Cell]:
+    """Every cell of one tool, computed in one process of its environment."""
+    source, jobs = work / "float", []
+    for name in LOADED[peer]:
+        folder = work / name.replace(" ", "-")
+        if not folder.exists():
+            write_ours(Checkpoint(source), RECIPES[name], folder)
+        jobs.append({"format": name, "kind": "", "folder": str(folder)})
+    for kind in MADE.get(peer, []):
+        jobs.append({"format": kind, "kind": kind, "folder": str(work / f"{peer}-{kind}")})
+    for number, job in enumerate(jobs):
+        result = str(work / f"{peer}-{number}.safetensors")
+        job |= {"peer": peer, "source": str(source), "result": result}
+    listed = work / f"{peer}.json"
+    listed.write_text(json.dumps(jobs))
+    run([python, PEERS_SCRIPT, listed, work / "tokens.safetensors"], work / f"{peer}.log")
+    return [
+        Cell(
+            peer,
+            "we load theirs" if job["kind"] else "loads ours",
+            job["format"],
+            *compare(Path(job["folder"]), load_file(job["result"])),
+        )
+        for job in jobs
+    ]
+
+
+def write_page(cells: Sequence[Cell]) -> None:
+    """Put the table into the page of the documentation."""
+    lines = ["| tool | direction | format | weights | logits | |", "|---|---|---|---:|---:|---|"]
+    for cell in cells:
+        weights = "-" if cell.weights is None else f"{cell.weights:.1e}"
+        mark = "agrees" if cell.is_green else "**differs**"
+        lines.append(
+            f"| {PINS[cell.peer]} | {cell.direction} | {cell.format} | {weights} | "
+            f"{cell.logits:.1e} | {mark} |"
+        )
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(TABLE_START)
+    after = rest.partition(TABLE_END)[2]
+    table = "\n".join([TABLE_START, "", *lines, "", TABLE_END])
+    PAGE.write_text(before + table + after, encoding="utf-8")
 
 
 @click.command()
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option("--record", "recorded", is_flag=True, help=f"Append rows to {ROWS.name}.")
-def main(checkpoint: Path | None, recorded: bool) -> None:
-    """Compare other engines with ours on CHECKPOINT (default: the demo model, quantized)."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    folder = checkpoint or prepare_checkpoint()
-    python = prepare_environment()
-    ids = spread_windows(tokenize(folder, python_topics()), NUM_WINDOWS, WINDOW_TOKENS)
-    tokens = BUILD / "tokens.safetensors"
-    save_file({"token_ids": ids}, tokens)
-    ours = compute_logits(folder, ids)
-    found = [compare(peer, folder, ours, run_peer(peer, python, folder, tokens)) for peer in PEERS]
-    if recorded:
-        record(folder, ids.numel(), found)
-    rows = [
-        (
-            one.peer,
-            f"{one.logits:.1e}",
-            f"{one.same_top:.1%}",
-            "-" if one.weights is None else f"{one.weights:.1e}",
-        )
-        for one in found
-    ]
-    title = f"{folder.name}, {ids.numel()} positions, float32 activations"
-    print_table(title, ("peer", "logits", "same top token", "weights, block 0"), rows)
-    if any(one.logits >= LIMIT or one.weights for one in found):
-        raise click.ClickException(f"expected logits within {LIMIT:g} and equal weights")
+@click.option("--only", type=click.Choice(list(PINS)), multiple=True, help="Only these tools.")
+@click.option("--record", is_flag=True, help=f"Write the table of {PAGE.name}.")
+@click.option("--python", "pythons", multiple=True, help="TOOL=PYTHON: an environment that has it.")
+def main(only: tuple[str, ...], record: bool, pythons: tuple[str, ...]) -> None:
+    """Compare other tools with ours, every format, both directions."""
+    work = BUILD / "matrix"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    write_float_model(work / "float")
+    save_file({"token_ids": draw_tokens()}, work / "tokens.safetensors")
+    given = dict(entry.split("=", 1) for entry in pythons)
+    cells: list[Cell] = []
+    for peers in ENVIRONMENTS:
+        for peer in peers:
+            if not only or peer in only:
+                python = Path(given[peer]) if peer in given else prepare_environment(peers)
+                cells += fill_cells(peer, python, work)
+    rows = [(c.peer, c.direction, c.format, c.weights, c.logits, c.is_green) for c in cells]
+    print_table("conformance", ("tool", "direction", "format", "weights", "logits", "ok"), rows)
+    if record:
+        write_page(cells)
+    if not all(cell.is_green for cell in cells):
+        raise click.ClickException("a cell differs by more than rounding explains: see the table")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Runs in the environment of the other engines: their logits for a checkpoint of ours.
+"""Runs in the environment of other tools: they load what we wrote, and write what we will load.
 
-    python conformance_peers.py gptqmodel|autoawq CHECKPOINT TOKENS RESULT
+    python conformance_peers.py JOBS TOKENS
 
-TOKENS and RESULT are safetensors files; of qserve nothing is imported here.
+JOBS is a JSON list: a job names the tool (peer), a checkpoint folder and a file for the result; by
+a kind the tool makes the checkpoint first, from the float model in source. Nothing of qserve is
+imported here.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,68 +18,191 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AwqConfig
-from transformers.utils.quantization_config import AwqBackend
+from torch import nn
 
+GROUP_SIZE = 64
 FIRST_BLOCK = "model.layers.0."
 
 
+def load_float(folder: str, **options: Any) -> Any:
+    """A model by transformers, in float32 on the CPU."""
+    loader = transformers.AutoModelForCausalLM
+    return loader.from_pretrained(folder, device_map={"": "cpu"}, dtype=torch.float32, **options)
+
+
 def load_with_gptqmodel(folder: str) -> Any:
-    """The model as transformers loads AWQ: with GPTQModel's layers, here those in plain PyTorch."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        device_map={"": "cpu"},
-        dtype=torch.float32,
-        quantization_config=AwqConfig(backend=AwqBackend.TORCH_AWQ),  # others compile C++
-    )
+    """The model as transformers loads AWQ and GPTQ: with GPTQModel's layers in plain PyTorch."""
+    block = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+    if block["quant_method"] == "awq":
+        backend = import_module("transformers.utils.quantization_config").AwqBackend.TORCH_AWQ
+        return load_float(folder, quantization_config=transformers.AwqConfig(backend=backend))
+    config = transformers.GPTQConfig(bits=block["bits"], backend="torch")
+    return load_float(folder, quantization_config=config)
 
 
 def load_with_autoawq(folder: str) -> Any:
     """The model as AutoAWQ loads it, kept from asking for Intel's extension or a GPU."""
     base: Any = import_module("awq.models.base")
-    gemm: Any = import_module("awq.modules.linear.gemm")
     base.get_best_device = lambda: "none"
-    gemm.TRITON_AVAILABLE = False
+    import_module("awq.modules.linear.gemm").TRITON_AVAILABLE = False
     loaded = import_module("awq").AutoAWQForCausalLM.from_quantized(
         folder, device_map={"": "cpu"}, fuse_layers=False
     )
-    model = loaded.model.float()
+    return _keep_scales_in_half(loaded.model)
+
+
+def load_with_compressed_tensors(folder: str) -> Any:
+    """The model with its weights dequantized, since its layers also round activations."""
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    return load_float(folder, quantization_config=config)
+
+
+def _keep_scales_in_half(model: Any) -> Any:
+    model = model.float()
     for module in model.modules():
         if hasattr(module, "qweight"):
-            module.scales = module.scales.half()  # the layer multiplies in float16
+            module.scales = module.scales.half()  # AutoAWQ's layer multiplies in float16
     return model
 
 
-PEERS: dict[str, Callable[[str], Any]] = {
-    "gptqmodel": load_with_gptqmodel,
-    "autoawq": load_with_autoawq,
-}
+def make_with_bitsandbytes(kind: str, folder: str, out: str) -> Any:
+    """nf4, fp4 (double quantization) or int8, as transformers quantizes while it loads."""
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if kind != "int8":
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": kind,
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.float32,
+        }
+    model = load_float(folder, quantization_config=transformers.BitsAndBytesConfig(**options))
+    model.save_pretrained(out)
+    return model
 
 
-def unpack_first_block(model: Any) -> dict[str, torch.Tensor]:
-    """The weights of the first block in float32, unpacked by AutoAWQ's own function."""
-    unpack = import_module("awq.utils.packing_utils").dequantize_gemm
+def make_with_autoawq(kind: str, folder: str, out: str) -> Any:
+    """AWQ's layers as AutoAWQ packs them, their range from the least to the greatest weight."""
+    linear: Any = import_module(f"awq.modules.linear.{kind}")
+    packer = {"gemm": "WQLinear_GEMM", "gemv": "WQLinear_GEMV"}[kind]
+    linear.TRITON_AVAILABLE = False
+    model = load_float(folder).half()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "layers" in name:
+            groups = module.weight.float().unflatten(1, (-1, GROUP_SIZE))
+            low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+            scales = ((high - low) / 15).half().float()
+            zeros = (-low / scales).round().clamp(0, 15)
+            units = (groups / scales[..., None] + zeros[..., None]).round().clamp(0, 15)
+            module.weight.data = ((units - zeros[..., None]) * scales[..., None]).flatten(1).half()
+            pack = getattr(linear, packer).from_linear
+            arguments = (scales.T.contiguous(), zeros.T.contiguous())
+            if kind == "gemv":
+                arguments = (scales, zeros)
+            packed = pack(module, 4, GROUP_SIZE, False, *arguments)
+            parent = model.get_submodule(name.rpartition(".")[0])
+            parent.register_module(f"{name.rpartition('.')[2]}_packed", packed)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        module, _, end = name.rpartition(".")
+        if f"{module}_packed.qweight" not in model.state_dict():
+            tensors[name.replace("_packed.", ".")] = tensor.contiguous()
+    Path(out).mkdir()
+    save_file(tensors, Path(out) / "model.safetensors")
+    block = {"quant_method": "awq", "bits": 4, "group_size": GROUP_SIZE, "version": kind}
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(out) / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
+    return model.float()
+
+
+def make_with_compressed_tensors(kind: str, folder: str, out: str) -> Any:
+    """int4 in words, int8 or float8 beside token-wise activations; ranges by its own helper."""
+    quantization: Any = import_module("compressed_tensors.quantization")
+    helpers: Any = import_module("compressed_tensors.quantization.utils")
+    compressor: Any = import_module("compressed_tensors.compressors").ModelCompressor
+    presets = {"int4": "W4A16", "int8": "W8A8", "float8": "FP8_DYNAMIC"}
+    scheme = quantization.preset_name_to_scheme(presets[kind], ["Linear"])
+    if kind == "int4":
+        scheme.weights.group_size = GROUP_SIZE
+    model = load_float(folder)
+    config = quantization.QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    quantization.apply_quantization_config(model, config)
+    for module in model.modules():
+        args = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+        if args is not None:
+            weight = module.weight.data
+            groups = weight.unflatten(1, (-1, GROUP_SIZE)) if kind == "int4" else weight[:, None]
+            scale, zero = helpers.calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+            module.weight_scale.data = scale.to(module.weight_scale.dtype)
+            if getattr(module, "weight_zero_point", None) is not None:
+                module.weight_zero_point.data = zero.to(module.weight_zero_point.dtype)
+            module.quantization_status = quantization.QuantizationStatus.FROZEN
+    packer = compressor.from_pretrained_model(model, quantization_format=None)
+    packer.compress_model(model)
+    model.save_pretrained(out)
+    packer.update_config(out)
+    return load_with_compressed_tensors(out)
+
+
+def first_weights(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of the first block by each tool's own dequantization, in float32."""
     weights = {}
     for name, module in model.named_modules():
-        if name.startswith(FIRST_BLOCK) and hasattr(module, "qweight"):
-            scales = module.scales.float()
-            unpacked = unpack(module.qweight, module.qzeros, scales, 4, module.group_size)
-            weights[f"{name}.weight"] = unpacked.T.contiguous()
+        if name.startswith(FIRST_BLOCK) and (found := _unpack(module)) is not None:
+            weights[f"{name.removesuffix('_packed')}.weight"] = found.detach().float().contiguous()
     return weights
 
 
-def main(peer: str, checkpoint: str, tokens: str, result: str) -> None:
-    """Write ``logits`` float32 ``[S, T, vocab]`` and, from AutoAWQ, the first block's weights."""
+def _unpack(module: Any) -> torch.Tensor | None:
+    kind = type(module).__name__
+    if kind == "WQLinear_GEMM":
+        unpack = import_module("awq.utils.packing_utils").dequantize_gemm
+        found = unpack(module.qweight, module.qzeros, module.scales.float(), 4, module.group_size).T
+    elif hasattr(module, "dequantize_weight"):  # GPTQModel's layers
+        found = module.dequantize_weight().T
+    elif kind == "Linear4bit":
+        state = module.weight.quant_state
+        found = import_module("bitsandbytes.functional").dequantize_4bit(module.weight, state)
+    elif kind == "Linear8bitLt":
+        found = module.weight.CB.float() * module.weight.SCB[:, None] / 127
+    elif kind in ("Linear", "CompressedLinear") and "norm" not in kind:
+        found = module.weight
+    else:
+        return None
+    result: torch.Tensor = found
+    return result
+
+
+LOADERS: dict[str, Callable[[str], Any]] = {
+    "gptqmodel": load_with_gptqmodel,
+    "autoawq": load_with_autoawq,
+    "compressed-tensors": load_with_compressed_tensors,
+    "bitsandbytes": load_float,
+}
+MAKERS: dict[str, Callable[[str, str, str], Any]] = {
+    "autoawq": make_with_autoawq,
+    "compressed-tensors": make_with_compressed_tensors,
+    "bitsandbytes": make_with_bitsandbytes,
+}
+
+
+def main(jobs: str, tokens: str) -> None:
+    """For each job write ``logits`` float32 ``[S, T, vocab]`` and the first block's weights."""
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     token_ids = load_file(Path(tokens))["token_ids"]
-    model = PEERS[peer](checkpoint).eval()
-    with torch.inference_mode():
-        logits = torch.cat([model(window[None], use_cache=False).logits for window in token_ids])
-    found = {"logits": logits.float()}
-    if peer == "autoawq":
-        found |= unpack_first_block(model)
-    save_file(found, Path(result))
+    for job in json.loads(Path(jobs).read_text()):
+        make, load = MAKERS.get(job["peer"]), LOADERS[job["peer"]]
+        if job["kind"] and make is not None:
+            model = make(job["kind"], job["source"], job["folder"])
+        else:
+            model = load(job["folder"])
+        found = {name: tensor.clone() for name, tensor in first_weights(model).items()}
+        with torch.inference_mode():  # afterwards, since bitsandbytes repacks what it runs
+            parts = [model.eval()(ids[None], use_cache=False).logits for ids in token_ids]
+        found["logits"] = torch.cat(parts).float().contiguous()
+        save_file(found, Path(job["result"]))
 
 
 if __name__ == "__main__":

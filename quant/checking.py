@@ -12,7 +12,7 @@ import torch
 
 from qserve.quant.errors import CheckpointError
 from qserve.quant.findings import Finding, Remedy, Severity
-from qserve.quant.formats.awq import AwqFormat
+from qserve.quant.formats.awq import AwqFormat, Layout
 from qserve.quant.formats.checkpoint import (
     INDEX,
     SINGLE_FILE,
@@ -108,8 +108,14 @@ def check_values(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield Finding(
                 Severity.ERROR, name, f"{broken} of {values.numel()} values are infinite or NaN"
             )
-        elif checkpoint.format is not None and name.endswith(SCALES):
+        elif checkpoint.format is not None and name.endswith(SCALES) and not _is_padded(checkpoint):
             yield from _check_scales(name, values)
+
+
+def _is_padded(checkpoint: Checkpoint) -> bool:
+    """Whether zeros fill up the scales: AWQ's layouts for single rows."""
+    reader = checkpoint.format
+    return isinstance(reader, AwqFormat) and reader.layout is not Layout.GEMM
 
 
 def _check_scales(name: str, scales: torch.Tensor) -> Iterator[Finding]:

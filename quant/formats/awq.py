@@ -115,11 +115,11 @@ class AwqFormat:
         packed = self.describe(layer, stored)
         assert packed is not None
         tensors = load(stored)
-        check_scales(layer, tensors["scales"])
         if self.layout is Layout.GEMV:
-            return awq_gemv.read_gemv(tensors, packed)
+            return awq_gemv.read_gemv(layer, tensors, packed)
         if self.layout is not Layout.GEMM:
-            return awq_gemv.read_fast(tensors, packed)
+            return awq_gemv.read_fast(layer, tensors, packed)
+        check_scales(layer, tensors["scales"])
         return GroupedWeight(
             codes=unpack_awq(tensors["qweight"]).T.contiguous(),
             scales=tensors["scales"].T.contiguous(),

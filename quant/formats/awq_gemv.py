@@ -25,6 +25,7 @@ from qserve.quant.formats.layer_format import (
     FLOATS,
     PackedLayer,
     StoredTensor,
+    check_scales,
     refuse_shapes,
     require,
 )
@@ -66,23 +67,27 @@ def describe_fast(layer: str, stored: Mapping[str, StoredTensor], group_size: in
     return PackedLayer(out_features, in_features, BITS, group_size)
 
 
-def read_gemv(tensors: Mapping[str, torch.Tensor], packed: PackedLayer) -> GroupedWeight:
+def read_gemv(
+    layer: str, tensors: Mapping[str, torch.Tensor], packed: PackedLayer
+) -> GroupedWeight:
     """The weight in the gemv layout."""
     num_groups = packed.in_features // packed.group_size
     return GroupedWeight(
         codes=unpack_words(tensors["qweight"], BITS, packed.in_features),
-        scales=tensors["scales"][:, :num_groups].contiguous(),
+        scales=check_scales(layer, tensors["scales"][:, :num_groups].contiguous()),
         zero_points=unpack_words(tensors["qzeros"], BITS, num_groups),
         bits=BITS,
         group_size=packed.group_size,
     )
 
 
-def read_fast(tensors: Mapping[str, torch.Tensor], packed: PackedLayer) -> GroupedWeight:
+def read_fast(
+    layer: str, tensors: Mapping[str, torch.Tensor], packed: PackedLayer
+) -> GroupedWeight:
     """The weight in the gemv_fast layout. Its zero points are exact again: it rounds their product
     with the scale to float16, far less than a half of a step."""
     num_groups = packed.in_features // packed.group_size
-    scales = tensors["scales"][:num_groups].T.contiguous()
+    scales = check_scales(layer, tensors["scales"][:num_groups].T.contiguous())
     zeros = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
     scaled = tensors[zeros][:num_groups].T.contiguous()
     zero_points = (-scaled.float() / scales.float()).round().clamp(0, 15).to(torch.uint8)

@@ -70,7 +70,7 @@ def test_gemv_rows_are_read(group_size: int, num_words: int) -> None:
     tensors = {
         "qweight": pack_words(codes, 4),
         "qzeros": pack_words(torch.nn.functional.pad(zeros, (0, unused)), 4),
-        "scales": torch.nn.functional.pad(scales, (0, unused), value=1),
+        "scales": torch.nn.functional.pad(scales, (0, unused)),
     }
     read = AwqFormat(group_size, Layout.GEMV).read("layer", in_memory(tensors))
     assert torch.equal(read.codes, codes)
@@ -90,7 +90,8 @@ def test_gemv_fast_words_are_those_of_autoawq(zeros_name: str) -> None:
             words[n // 4, place] = value - (1 << 16 if value >= 1 << 15 else 0)
     # Computed with AutoAWQ 0.2.9.
     assert [int(word) & 0xFFFF for word in words[0, :4]] == [0x8080, 0x9191, 0xA2A2, 0xB3B3]
-    scales = torch.full((8, 32), 0.0123).half()
+    scales = torch.zeros(8, 32).half()
+    scales[0] = 0.0123  # the other rows fill up the words of zero points
     zeros = torch.arange(32).remainder(16).expand(8, 32)
     tensors = {"qweight": words, "scales": scales, zeros_name: -(scales * zeros)}
     read = AwqFormat(128, Layout.GEMV_FAST).read("layer", in_memory(tensors))
