@@ -51,6 +51,11 @@ class _Observer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would import its compiler to keep it out of here: 1.6 s at the first token."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,

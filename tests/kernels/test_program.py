@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -66,3 +69,15 @@ def test_a_program_inside_a_program_is_refused() -> None:
     with pytest.raises(RuntimeError, match="recording"):
         Program(lambda: Program(lambda: None))
     assert len(Program(lambda: None)) == 0
+
+
+def test_recording_does_not_import_pytorchs_compiler() -> None:
+    code = (
+        "import sys, torch;"
+        "from qserve.kernels.program import Program;"
+        "program = Program(lambda: torch.ones(1) + 1);"
+        "print(len(program.others), 'torch._dynamo' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
