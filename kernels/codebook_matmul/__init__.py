@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.codebook_matmul import cpu, reference
+from qserve.kernels.codebook_matmul.layout import suits_tiles
 from qserve.kernels.codebook_weight import CodebookWeight
 from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
 
@@ -26,8 +27,12 @@ def prepare(
     shape.
     """
     check_bias(bias, weight.out_features)
-    if choose("codebook_matmul", device).backend is Backend.CPU and cpu.suits(weight):
+    backend = choose("codebook_matmul", device).backend
+    if backend is Backend.CPU and cpu.suits(weight):
         return from_native(cpu.pack(weight, bias))
+    if backend is Backend.TRITON and suits_tiles(weight):
+        packed: PackedWeight = load_kernel("codebook_matmul").prepare(weight, device, bias)
+        return packed
     return reference.prepare(weight, device, bias)
 
 
@@ -42,6 +47,7 @@ def codebook_matmul(
 
     ``a`` is what ``activations`` makes of ``x``: see ``activations.round_activations``. ``table``
     is the codebook, or under int8 activations the codebook rounded to int8: see
-    ``reference.round_codebook``. Shapes, strides and errors: see ``packed_weight.multiply``.
+    ``reference.round_codebook``. On a GPU it is the codebook in the dtype of ``x``.
+    Shapes, strides and errors: see ``packed_weight.multiply``.
     """
     return multiply(x, weight, out=out, activations=activations)

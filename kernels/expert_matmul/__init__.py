@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.expert_matmul import cpu, reference
-from qserve.kernels.linear_weight import NeutralWeight, prepare_linear
+from qserve.kernels.expert_matmul.launch import suits_tiles
+from qserve.kernels.linear_weight import NeutralWeight, prepare_linear, shape_of
 from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.rows import check_output, check_rows
 
@@ -48,6 +49,18 @@ def prepare(experts: Sequence[NeutralWeight], device: torch.device = CPU) -> Exp
 
     Raises ``ValueError`` for none and for shapes that differ, and what ``prepare_linear`` raises.
     """
+    triton = choose("expert_matmul", device).backend is Backend.TRITON
+    if triton and experts and suits_tiles(experts):
+        product = load_kernel("expert_matmul").ExpertProduct(experts, device)
+        out_features, in_features = shape_of(experts[0])
+        return ExpertWeights(
+            num_experts=len(experts),
+            in_features=in_features,
+            out_features=out_features,
+            nbytes=product.weight.nbytes,
+            backend=Backend.TRITON,
+            layout=product,
+        )
     return group_experts([prepare_linear(expert, device) for expert in experts])
 
 
@@ -87,6 +100,9 @@ def expert_matmul(
     for shapes and experts that are not there, ``TypeError`` for dtypes that do not fit.
     """
     out = _check(x, experts, expert_ids, out)
+    if experts.backend is Backend.TRITON:
+        experts.layout.run(x, expert_ids, out, activations)
+        return out
     run = cpu.expert_matmul if experts.backend is Backend.CPU else reference.expert_matmul
     run(x, experts.layout, expert_ids, out, activations)
     return out

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.float8_matmul import cpu, reference
+from qserve.kernels.float8_matmul.layout import suits_tiles
 from qserve.kernels.float8_weight import Float8Weight
 from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
 
@@ -26,8 +27,12 @@ def prepare(
     shape.
     """
     check_bias(bias, weight.out_features)
-    if choose("float8_matmul", device).backend is Backend.CPU and cpu.suits(weight):
+    backend = choose("float8_matmul", device).backend
+    if backend is Backend.CPU and cpu.suits(weight):
         return from_native(cpu.pack(weight, bias))
+    if backend is Backend.TRITON and suits_tiles(weight):
+        packed: PackedWeight = load_kernel("float8_matmul").prepare(weight, device, bias)
+        return packed
     return reference.prepare(weight, device, bias)
 
 

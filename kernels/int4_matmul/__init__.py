@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from qserve.kernels.activations import Activations
 from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int4_matmul import cpu, reference
-from qserve.kernels.int4_matmul.planar4 import PLANE, Planar4Weight, pack_planar4
+from qserve.kernels.int4_matmul.planar4 import PLANE
 from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
 from qserve.kernels.panels import suits_panels
 
@@ -35,9 +33,9 @@ def prepare(
     backend = choose("int4_matmul", device).backend
     if backend is Backend.CPU and suits_panels(weight.group_size, weight.in_features):
         return from_native(cpu.pack(weight, bias))
-    plain = weight.input_order is None and weight.channel_scales is None and bias is None
-    if backend is Backend.TRITON and plain and weight.group_size % PLANE == 0:
-        return _prepare_triton(weight, device)
+    if backend is Backend.TRITON and weight.group_size % PLANE == 0:
+        packed: PackedWeight = load_kernel("int4_matmul").prepare(weight, device, bias)
+        return packed
     return reference.prepare(weight, device, bias)
 
 
@@ -51,33 +49,8 @@ def int4_matmul(
     """``y[m, n] = sum_k a[m, k] * (codes[n, k] - zero_points[n, k // G]) * scales[n, k // G]``
 
     ``a`` is what ``activations`` makes of ``x``, its columns in the order of the codes: see
-    ``activations.round_activations``. Outer scales and the bias, if any, follow. On a GPU ``a`` is
-    always ``x``. Shapes, strides and errors: see ``packed_weight.multiply``.
+    ``activations.round_activations``. Outer scales and the bias, if any, follow. On a GPU
+    ``a`` is ``x`` for INT8 too: tensor cores make nothing of groups of 32. Shapes, strides and
+    errors: see ``packed_weight.multiply``.
     """
     return multiply(x, weight, out=out, activations=activations)
-
-
-def _prepare_triton(weight: GroupedWeight, device: torch.device) -> PackedWeight:
-    packed = pack_planar4(_move(weight, device))
-    return PackedWeight(
-        in_features=weight.in_features,
-        out_features=weight.out_features,
-        nbytes=packed.nbytes,
-        backend=Backend.TRITON,
-        run=partial(_run_kernel, packed),
-    )
-
-
-def _run_kernel(weight: Planar4Weight, x: torch.Tensor, out: torch.Tensor, _: Activations) -> None:
-    # 16-bit activations as they are: tensor cores multiply those.
-    load_kernel("int4_matmul").int4_matmul(x, weight, out)
-
-
-def _move(weight: GroupedWeight, device: torch.device) -> GroupedWeight:
-    return GroupedWeight(
-        codes=weight.codes.to(device),
-        scales=weight.scales.to(device),
-        zero_points=weight.zero_points.to(device),
-        bits=4,  # narrower codes are 4-bit codes that use fewer values
-        group_size=weight.group_size,
-    )

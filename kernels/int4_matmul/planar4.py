@@ -14,13 +14,13 @@ from math import gcd
 import torch
 
 from qserve.kernels.grouped_weight import GroupedWeight
-
-BLOCK = 128
-"""Inputs to a block; the inputs of a layer are padded to a multiple of it with codes of zero."""
+from qserve.kernels.tiled_matmul.launch import BLOCK
+from qserve.kernels.tiled_matmul.parameters import pack_parameters, to_half
 
 PLANE = 32
 """Inputs to a plane; no group of inputs may be smaller."""
 
+_CODE_BITS = 4
 _NUM_PLANES = BLOCK // PLANE
 
 
@@ -56,10 +56,11 @@ def pack_planar4(weight: GroupedWeight) -> Planar4Weight:
 
     Groups that are neither 32, 64 nor a multiple of 128 are written as several smaller ones with
     the same scale. Scales stay bfloat16 if they are, and are rounded to float16 otherwise.
-    Raises ``ValueError`` for a width other than 4 bits, for groups that are no multiple of 32, and
+    Narrower codes are 4-bit codes that use fewer values. The order of inputs and outer scales are
+    the caller's. Raises ``ValueError`` for wider codes, for groups that are no multiple of 32, and
     for scales outside the range of float16.
     """
-    if weight.bits != 4:
+    if weight.bits > 4:
         raise ValueError(f"planar4 holds 4-bit codes, the weight has {weight.bits} bits")
     group_size = gcd(weight.group_size, BLOCK)
     if group_size < PLANE:
@@ -70,13 +71,13 @@ def pack_planar4(weight: GroupedWeight) -> Planar4Weight:
     if group_size == BLOCK:
         group_size = weight.group_size
     repeats = weight.group_size // group_size
-    scales = _half_scales(weight.scales)
-    parameters = _parameters(scales, weight.zero_points).repeat_interleave(repeats, dim=1)
+    scales = to_half(weight.scales)
+    parameters = pack_parameters(scales, weight.zero_points).repeat_interleave(repeats, dim=0)
     padding = -weight.in_features % BLOCK
-    parameters = torch.nn.functional.pad(parameters, (0, padding // group_size))
+    parameters = torch.nn.functional.pad(parameters, (0, 0, 0, padding // group_size))
     return Planar4Weight(
-        words=_words(torch.nn.functional.pad(weight.codes, (0, padding))),
-        parameters=parameters.T.contiguous(),
+        words=pack_codes(weight.codes),
+        parameters=parameters,
         scale_dtype=scales.dtype,
         in_features=weight.in_features,
         group_size=group_size,
@@ -99,28 +100,29 @@ def unpack_planar4(packed: Planar4Weight) -> GroupedWeight:
     )
 
 
-def _half_scales(scales: torch.Tensor) -> torch.Tensor:
-    if scales.dtype is torch.bfloat16:
-        return scales
-    half = scales.to(torch.float16)
-    if not bool(torch.isfinite(half).all()) or bool(((half == 0) & (scales != 0)).any()):
-        magnitudes = scales.abs()
-        raise ValueError(
-            f"scales from {magnitudes.min():g} to {magnitudes.max():g} do not fit float16: "
-            "store them as bfloat16"
-        )
-    return half
+def is_progressive(weight: GroupedWeight) -> bool:
+    """Whether integer scales may multiply the codes before an int8 product (QoQ, 2405.04532, 4.1).
+
+    So it is when there are outer scales, scales are integers whose products with a code fit a byte,
+    and all products ``(code - zero_point) * scale`` fit an int8.
+    """
+    if weight.channel_scales is None:
+        return False
+    scales = weight.scales.float()
+    if bool((scales != scales.round()).any()) or not float(scales.min()) > 0:
+        return False
+    groups = weight.codes.reshape(*scales.shape, weight.group_size)
+    low, high = (x.to(torch.int32) - weight.zero_points for x in groups.aminmax(dim=2))
+    fits = bool((low * scales >= -128).all()) and bool((high * scales <= 127).all())
+    return fits and float(scales.max()) * ((1 << _CODE_BITS) - 1) <= 255
 
 
-def _words(codes: torch.Tensor) -> torch.Tensor:
-    planes = codes.to(torch.int32).unflatten(1, (-1, _NUM_PLANES, PLANE)).unbind(2)
+def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """The words of 4-bit codes uint8 ``[out_features, in_features]``: see ``Planar4Weight``."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % BLOCK))
+    planes = padded.to(torch.int32).unflatten(1, (-1, _NUM_PLANES, PLANE)).unbind(2)
     containers = planes[0]
     for plane in range(1, _NUM_PLANES):
         containers = containers | planes[plane] << (4 * plane)
     words: torch.Tensor = containers.to(torch.int16).flatten(1)  # keeps the low 16 bits
     return words
-
-
-def _parameters(scales: torch.Tensor, zero_points: torch.Tensor) -> torch.Tensor:
-    bits = scales.contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-    return bits | zero_points.to(torch.int32) << 16

@@ -1,4 +1,4 @@
-"""The PTX that turns two planes of a planar4 register into packed pairs of 16-bit floats.
+"""The PTX that turns codes of a planar4 register into packed pairs of 16-bit floats, or into bytes.
 
 `lop3` with table 0xea is ``(a & mask) | magic``: the code becomes the low mantissa bits of 1024
 (float16) or 128 (bfloat16). float16 has ten of them, so the upper nibble of a byte needs no shift:
@@ -56,3 +56,37 @@ def unpack_ptx(first_plane: int, bfloat16: bool, scaled: bool) -> str:
 def unpack_constraints(scaled: bool) -> str:
     """The operands of ``unpack_ptx``; results are written before the last input is read."""
     return "=&r,=&r,r,r,r" + (",r,r" if scaled else "")
+
+
+def byte_ptx(progressive: bool) -> str:
+    """Instructions for the lower ($0) and upper ($1) codes of four bytes, less their zero points.
+
+    $2 are the bytes, $3 the zero points as four bytes. ``progressive``: $4 is the scale as four
+    bytes, 0 to 17, $3 the products of scale and zero point, and the results are multiplied by the
+    scale. Bytes are subtracted in one register: a bit above each keeps the borrow.
+    """
+    lines = [".reg .b32 code, even, factor, other, zero", "shr.b32 other, $2, 4"]
+    if progressive:
+        lines += ["and.b32 factor, $4, 0xff", "and.b32 zero, $3, 0x7f7f7f7f"]
+    for result, source in (("$0", "$2"), ("$1", "other")):
+        if progressive:
+            lines += [
+                f"and.b32 code, {source}, 0x0f0f0f0f",
+                "mul.lo.u32 code, code, factor",
+                "lop3.b32 even, code, $3, 0x80808080, 0x82",  # ~(code ^ $3) & 0x80808080
+                "or.b32 code, code, 0x80808080",
+                "sub.u32 code, code, zero",
+                f"xor.b32 {result}, code, even",
+            ]
+        else:
+            lines += [
+                f"lop3.b32 code, {source}, 0x0f0f0f0f, 0x80808080, 0xea",
+                "sub.u32 code, code, $3",
+                f"xor.b32 {result}, code, 0x80808080",
+            ]
+    return "{ " + "; ".join(lines) + "; }"
+
+
+def byte_constraints(progressive: bool) -> str:
+    """The operands of ``byte_ptx``."""
+    return "=&r,=&r,r,r" + (",r" if progressive else "")

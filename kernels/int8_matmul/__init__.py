@@ -7,9 +7,10 @@ from math import gcd
 import torch
 
 from qserve.kernels.activations import ACTIVATION_GROUP, MAX_CODE, Activations
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int8_matmul import cpu, reference
+from qserve.kernels.int8_matmul.layout import suits_tiles
 from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
 from qserve.kernels.panels import suits_panels
 
@@ -38,6 +39,9 @@ def prepare(
     backend = choose("int8_matmul", device).backend
     if backend is Backend.CPU and suits_panels(weight.group_size, weight.in_features):
         return from_native(cpu.pack(weight, bias))
+    if backend is Backend.TRITON and suits_tiles(weight):
+        packed: PackedWeight = load_kernel("int8_matmul").prepare(weight, device, bias)
+        return packed
     return reference.prepare(weight, device, bias)
 
 

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-TRITON_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+TRITON_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.float8_e4m3fnuz: "fp8e4b8",
+}
 """How Triton writes a dtype in the type of an argument."""
 
 

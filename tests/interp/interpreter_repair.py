@@ -25,6 +25,7 @@ _DTYPES = {
     tl.bfloat16: torch.bfloat16,
     tl.float8e4nv: torch.float8_e4m3fn,
     tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
 }
 _COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 _BIT_OPERATIONS = (np.bitwise_and, np.bitwise_or, np.bitwise_xor, np.left_shift, np.right_shift)
@@ -62,15 +63,14 @@ def install(evaluate: Evaluate) -> None:
     ) -> Any:
         _pure, pack = rest
         num_outputs = constraints.count("=")
-        words = evaluate(assembly, num_outputs, [_registers(value.data, pack) for value in values])
-        shape = values[0].data.shape
-        size = num_outputs // len(types)  # registers that the elements of one result fill
-        return _Results(
-            [
-                _elements(words[size * i : size * (i + 1)], kind, shape)
-                for i, kind in enumerate(types)
-            ]
-        )
+        inputs = [word for value in values for word in _registers(value.data, pack)]
+        words = evaluate(assembly, num_outputs, inputs)
+        results, shape = [], values[0].data.shape
+        for kind in types:
+            size = np.dtype(interpreter._get_np_dtype(kind.scalar)).itemsize * pack // 4
+            results.append(_elements(words[:size], kind, shape))
+            words = words[size:]
+        return _Results(results)
 
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.create_inline_asm = inline_asm
@@ -138,15 +138,16 @@ def _narrow(values: np.ndarray, dtype: Any) -> Any:
     return TensorHandle(bits.numpy().reshape(np.shape(values)), dtype)
 
 
-def _registers(data: np.ndarray, pack: int) -> np.ndarray:
+def _registers(data: np.ndarray, pack: int) -> list[np.ndarray]:
     # The GPU groups elements as registers hold them, here they are grouped as memory does: the same
     # for assembly that treats every element alike, which is the only kind we write.
-    if data.itemsize * pack != 4:
-        raise NotImplementedError(f"{pack} elements of {data.itemsize} bytes are no register")
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint32)
+    size, rest = divmod(data.itemsize * pack, 4)
+    if rest:
+        raise NotImplementedError(f"{pack} elements of {data.itemsize} bytes fill no register")
+    return list(np.ascontiguousarray(data).reshape(-1).view(np.uint32).reshape(-1, size).T)
 
 
-def _elements(words: Sequence[np.ndarray], kind: Any, shape: tuple[int, ...]) -> Any:
+def _elements(words: list[np.ndarray], kind: Any, shape: tuple[int, ...]) -> Any:
     dtype = kind.scalar
-    in_order = np.stack(words, axis=1).reshape(-1)
-    return TensorHandle(in_order.view(interpreter._get_np_dtype(dtype)).reshape(shape), dtype)
+    data = np.stack(words, axis=-1).reshape(-1).view(interpreter._get_np_dtype(dtype))
+    return TensorHandle(data.reshape(shape), dtype)

@@ -26,6 +26,10 @@ _BITWISE: dict[str, Callable[..., Words]] = {
     "shl": lambda a, b: a << b,
     "shr": lambda a, b: a >> b,
 }
+_INTEGER: dict[str, Callable[..., Words]] = {
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+}
 
 
 def evaluate(assembly: str, num_outputs: int, inputs: Sequence[Words]) -> list[Words]:
@@ -59,8 +63,12 @@ def _execute(opcode: str, values: list[Words]) -> Words:
     if kind in _PACKED and name in _ARITHMETIC:
         numbers = [_unpack(value, _PACKED[kind]) for value in values]
         return _pack(_ARITHMETIC[name](*numbers), _PACKED[kind])
+    if name == "prmt":
+        return _permute(*values)
     if kind == "b32" and name in _BITWISE:
         return _BITWISE[name](*values)
+    if kind == "u32" and name in _INTEGER:
+        return _INTEGER[name](*values)
     raise NotImplementedError(f"the PTX evaluator does not know {opcode}")
 
 
@@ -74,10 +82,15 @@ def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
 
 
 def _permute(a: Words, b: Words, selector: Words) -> Words:
-    # Each nibble of the selector names a byte of a (0 to 3) or b (4 to 7), the lowest byte first.
-    sources = np.concatenate([x[:, None].view(np.uint8) for x in (a, b)], axis=1)
-    named = [int(selector[0]) >> (4 * i) & 7 for i in range(4)]
-    result: Words = np.ascontiguousarray(sources[:, named]).view(np.uint32)[:, 0]
+    # Each nibble of the selector picks one of the eight bytes of b and a; bit 3, which would repeat
+    # a sign, is not used.
+    if bool((selector & 0x8888).any()):
+        raise NotImplementedError("the PTX evaluator knows prmt without the repetition of signs")
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(a)
+    for i in range(4):
+        shift = (selector >> 4 * i & 7).astype(np.uint64) * np.uint64(8)
+        result |= (both >> shift & np.uint64(255)).astype(np.uint32) << 8 * i
     return result
 
 

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from qserve.kernels.gated_activation.launch import gate_cost, gate_grid
-from qserve.kernels.gpu_target import TARGETS, GpuTarget, Vendor, gpu_target
-from qserve.kernels.int4_matmul import launch as int4
-from qserve.kernels.int4_matmul.launch import Int4Problem, Unpack, int4_cost, int4_launch
+from qserve.kernels.gpu_target import TARGETS, GpuTarget, gpu_target
 from qserve.kernels.kv_cache import KvFormat
 from qserve.kernels.kv_store.launch import StoreProblem, store_cost, store_launch
 from qserve.kernels.paged_attention import launch as attention
@@ -26,82 +24,9 @@ from qserve.kernels.rms_norm.launch import NormProblem, norm_cost, norm_launch
 from qserve.kernels.sample.launch import sample_cost
 
 A100 = TARGETS["sm_80"]
-LAYER = Int4Problem(1, 4096, 4096, 128, torch.float16)
 BATCH = AttentionProblem(8, 8, 32, 8, 128, 64, 4096)
-ROWS = (1, 16, 17, 32, 33, 64, 500, 4096)
 
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-
-
-@every_target
-@pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (576, 1536), (100, 32)])
-def test_a_matmul_grid_covers_all_rows_outputs_and_inputs(
-    target: GpuTarget, shape: tuple[int, int]
-) -> None:
-    for num_rows in ROWS:
-        problem = Int4Problem(num_rows, *shape, 32, torch.bfloat16)
-        launch = int4_launch(problem, target)
-        assert launch.grid[0] * launch.block_n >= problem.out_features
-        assert launch.grid[1] * launch.block_m >= num_rows
-        num_blocks = ceil(problem.in_features / 128)
-        covered = launch.num_segments * launch.blocks_per_segment
-        assert covered - launch.blocks_per_segment < num_blocks <= covered  # none is empty
-        assert launch.grid[2] == (launch.num_segments if launch.parallel else 1)
-
-
-@every_target
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_what_a_row_goes_through_does_not_depend_on_the_rows_beside_it(
-    target: GpuTarget, dtype: torch.dtype, group_size: int
-) -> None:
-    problem = replace(LAYER, dtype=dtype, group_size=group_size)
-    launches = [int4_launch(replace(problem, num_rows=rows), target) for rows in ROWS]
-    orders = {(x.num_segments, x.blocks_per_segment, x.hoist, x.unpack) for x in launches}
-    assert len(orders) == 1
-
-
-def test_few_rows_are_cut_into_segments_until_the_gpu_is_full() -> None:
-    small = int4_launch(replace(LAYER, out_features=1024), A100)
-    assert small.parallel and small.num_segments > 1
-    assert not int4_launch(replace(LAYER, out_features=65536), A100).parallel
-    assert not int4_launch(replace(LAYER, num_rows=4096), A100).parallel
-
-
-def test_a_scale_never_multiplies_a_bfloat16_weight() -> None:
-    for group_size in (32, 64, 128):
-        problem = replace(LAYER, dtype=torch.bfloat16, group_size=group_size)
-        assert int4_launch(problem, A100).hoist
-
-
-@every_target
-def test_inline_assembly_is_for_nvidia_alone(target: GpuTarget) -> None:
-    launch = int4_launch(LAYER, target)
-    assert (launch.unpack is Unpack.LOP3) == (target.vendor is Vendor.NVIDIA)
-
-
-def test_matmul_constants_say_when_the_last_block_is_not_full() -> None:
-    assert int4.matmul_constants(int4_launch(LAYER, A100), torch.float16)["EVEN"]
-    uneven = int4_launch(replace(LAYER, in_features=576), A100)
-    assert not int4.matmul_constants(uneven, torch.float16)["EVEN"]
-
-
-def test_the_cost_of_a_matmul_is_its_weight_and_its_activations() -> None:
-    cost = int4_cost(Int4Problem(2, 300, 256, 128, torch.float16))
-    assert cost.flops == 2 * 2 * 300 * 256
-    assert cost.num_bytes == 300 * 256 // 2 + 300 * 2 * 4 + 2 * 2 * (300 + 256)
-
-
-def test_one_row_is_bound_by_memory_and_many_by_arithmetic() -> None:
-    bandwidth, peak = 2.0e12, 3.0e14
-    one, many = int4_cost(LAYER), int4_cost(replace(LAYER, num_rows=4096))
-    assert one.bound_s(bandwidth, peak) == one.num_bytes / bandwidth
-    assert many.bound_s(bandwidth, peak) == many.flops / peak
-
-
-def test_a_trip_of_the_matmul_reads_a_block_of_each_output() -> None:
-    launch = int4_launch(replace(LAYER, group_size=64), A100)
-    assert int4.trip_bytes(launch) == launch.block_n * (64 + 2 * 4)
 
 
 @every_target

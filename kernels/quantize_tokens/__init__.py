@@ -1,0 +1,1 @@
+"""Activations rounded to 8 bits, one scale a row, on a GPU."""
