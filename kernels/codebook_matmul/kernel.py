@@ -116,8 +116,20 @@ def _look_up(words, dtype: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def _select(codes, dtype: tl.constexpr, FORMAT: tl.constexpr):
-    """The values of ``codes``, by a comparison with each."""
-    values = tl.zeros(codes.shape, tl.float32) + FORMAT.codebook[0]
-    for code in tl.static_range(1, 16):
-        values = tl.where(codes == code, FORMAT.codebook[code], values)
-    return values.to(dtype)
+    """The values of ``codes``: a choice between two for each bit, the lowest first."""
+    first = _select_quarter(codes, FORMAT.codebook, 0)
+    second = _select_quarter(codes, FORMAT.codebook, 4)
+    third = _select_quarter(codes, FORMAT.codebook, 8)
+    last = _select_quarter(codes, FORMAT.codebook, 12)
+    lower = tl.where((codes & 4) != 0, second, first)
+    upper = tl.where((codes & 4) != 0, last, third)
+    return tl.where((codes & 8) != 0, upper, lower).to(dtype)
+
+
+@triton.jit
+def _select_quarter(codes, TABLE: tl.constexpr, FIRST: tl.constexpr):
+    """The value of TABLE that is FIRST plus the lower two bits of ``codes``."""
+    is_odd = (codes & 1) != 0
+    lower = tl.where(is_odd, TABLE[FIRST + 1], TABLE[FIRST])
+    upper = tl.where(is_odd, TABLE[FIRST + 3], TABLE[FIRST + 2])
+    return tl.where((codes & 2) != 0, upper, lower)

@@ -18,7 +18,7 @@ def fingerprint(spec: KernelSpec) -> str:
     """Eight hexadecimal digits that change with the code of the kernel and of what it calls, with
     its arguments and its promises; not with comments or the place in a file."""
     facts = (
-        sorted(_sources(spec.kernel)),
+        sorted(_sources([spec.kernel, *_functions(spec)])),
         sorted(spec.arguments.items()),
         sorted(spec.constants.items()),
         (spec.num_warps, spec.num_stages, spec.stream_bytes, spec.promises),
@@ -26,10 +26,15 @@ def fingerprint(spec: KernelSpec) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
 
 
-def _sources(kernel: Any) -> set[str]:
-    """The syntax trees of ``kernel`` and of the functions below it, and the constants they use."""
+def _functions(spec: KernelSpec) -> list[Any]:
+    """What of the compile-time arguments is code: the tile code of a format."""
+    return [value for value in spec.constants.values() if isinstance(value, JITCallable)]
+
+
+def _sources(functions: list[Any]) -> set[str]:
+    """The syntax trees of ``functions`` and of those below them, and the constants they use."""
     found: set[str] = set()
-    waiting, seen = [kernel], {kernel}
+    waiting, seen = list(functions), set(functions)
     while waiting:
         function = waiting.pop().fn
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

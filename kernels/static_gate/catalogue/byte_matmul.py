@@ -9,7 +9,7 @@ import torch
 from qserve.kernels.activations import Activations
 from qserve.kernels.float8_matmul import kernel as float8_kernel
 from qserve.kernels.float8_matmul import launch as float8_rule
-from qserve.kernels.gpu_target import GpuTarget
+from qserve.kernels.gpu_target import GpuTarget, Vendor
 from qserve.kernels.int8_matmul import kernel as int8_kernel
 from qserve.kernels.int8_matmul import launch as int8_rule
 from qserve.kernels.quantize_tokens import kernel as token_kernel
@@ -59,8 +59,8 @@ def byte_kernels(target: GpuTarget) -> list[KernelSpec]:
             for case in _FLOAT8_CASES
             if has_float8 or case.dtype is not None
         ),
-        _token_spec(torch.int8),
-        *([_token_spec(float8_rule.float8_dtype(target))] if has_float8 else []),
+        _token_spec(torch.int8, target),
+        *([_token_spec(float8_rule.float8_dtype(target), target)] if has_float8 else []),
     ]
 
 
@@ -109,7 +109,7 @@ def _describe(case: _Case, rounded: str) -> str:
     return f"{scales}{' zero points' if case.asymmetric else ''} {rows}"
 
 
-def _token_spec(dtype: torch.dtype) -> KernelSpec:
+def _token_spec(dtype: torch.dtype, target: GpuTarget) -> KernelSpec:
     activations = Activations.FLOAT8_TOKEN
     if dtype is torch.int8:
         activations = Activations.INT8_TOKEN
@@ -126,5 +126,6 @@ def _token_spec(dtype: torch.dtype) -> KernelSpec:
         constants=token_kernel.row_constants(activations, dtype, planar=False),
         num_warps=4,
         num_stages=3,
-        promises=Promises(min_wide_share=0.9),
+        # AMD's 256 lanes load 8 bytes each of the 1024 inputs at a time.
+        promises=Promises(min_wide_share=0.9 if target.vendor is Vendor.NVIDIA else None),
     )
