@@ -125,19 +125,33 @@ def run(
         enable_fp_fusion=True,
     )
     if launch.parallel:
-        reduce_kernel[(triton.cdiv(num_outputs, REDUCE_BLOCK), num_rows)](
-            target,
-            out,
-            *epilogue,
-            routing.row_experts if routing else None,
-            num_outputs,
-            num_rows * num_outputs,
-            out.stride(0),
-            NUM_SEGMENTS=launch.num_segments,
-            BLOCK=REDUCE_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        _add_segments(target, out, epilogue, routing)
+
+
+def _add_segments(
+    partial: torch.Tensor,
+    out: torch.Tensor,
+    epilogue: tuple[torch.Tensor | None, ...],
+    routing: Routing | None,
+) -> None:
+    """Writes the sum of the segments ``partial [num_segments, num_rows, N]`` to ``out``.
+
+    epilogue: scales of the rows, scales of the outputs, bias.
+    """
+    num_segments, num_rows, num_outputs = partial.shape
+    reduce_kernel[(triton.cdiv(num_outputs, REDUCE_BLOCK), num_rows)](
+        partial,
+        out,
+        *epilogue,
+        routing.row_experts if routing else None,
+        num_outputs,
+        num_rows * num_outputs,
+        out.stride(0),
+        NUM_SEGMENTS=num_segments,
+        BLOCK=REDUCE_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
 
 
 @triton.jit
