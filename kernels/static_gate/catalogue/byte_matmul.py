@@ -44,7 +44,7 @@ _INT8_CASES = (
 _FLOAT8_CASES = (
     _Case(16, 0, _HALF),
     _Case(16, 128, _BRAIN),
-    _Case(16, 0, None, is_core=True),
+    _Case(16, 0, None),
     _Case(2048, 128, None),
 )
 

@@ -54,7 +54,7 @@ _INT4_CASES = (
     _Case(2048, 4096, 4096, 32, _BRAIN),
 )
 _INT4_BYTE_CASES = (
-    (_Case(16, 4096, 4096, 128, _HALF, is_core=True), True),
+    (_Case(16, 4096, 4096, 128, _HALF), True),
     (_Case(16, 4096, 4096, 128, _HALF), False),
     (_Case(32, 4096, 4096, 128, _HALF), True),
     (_Case(2048, 4096, 4096, 128, _HALF), True),
@@ -63,7 +63,7 @@ _INT4_BYTE_CASES = (
 """Cases, and whether their scales are progressive."""
 
 _CODEBOOK_CASES = (
-    _Case(16, 4096, 4096, 64, _HALF, is_core=True),
+    _Case(16, 4096, 4096, 64, _HALF),
     _Case(16, 4096, 4096, 64, _BRAIN),
     _Case(2048, 4096, 4096, 64, _BRAIN),
 )
