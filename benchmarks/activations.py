@@ -31,7 +31,8 @@ from qserve.quant.windows import python_topics, read_text, spread_windows, token
 from qserve.serve.batch import Batch
 from qserve.serve.layers.linear import Linear
 from qserve.serve.models.llama import LlamaModel
-from qserve.serve.models.llama_config import LlamaConfig
+from qserve.serve.models.registry import find_architecture
+from qserve.serve.scheduler import Limits
 from qserve.serve.weights import WeightReader
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "activations.csv"
@@ -84,7 +85,9 @@ class Engine:
     def __init__(self, checkpoint: Checkpoint, length: int) -> None:
         self._checkpoint = checkpoint
         self._length = length
-        self.config = LlamaConfig.from_json(checkpoint.config, checkpoint.architecture)
+        architecture = find_architecture(checkpoint.architecture)
+        self._layer = architecture.layer
+        self.config = architecture.read_config(checkpoint.config)
         self._model = cache(self._load)
         self._head = cache(self._prepare_head)
 
@@ -114,7 +117,8 @@ class Engine:
 
     def _load(self, activations: Activations) -> LlamaModel:
         reader = WeightReader(self._checkpoint, activations)
-        model = LlamaModel(self.config, reader, self._length, 1, self._length)
+        limits = Limits(1, self._length, self._length)
+        model = LlamaModel(self.config, reader, self._layer, limits)
         model.head = cast(Linear, Hidden())
         return model
 

@@ -46,7 +46,8 @@ def load_with_autoawq(folder: str) -> Any:
     """The model as AutoAWQ loads it, kept from asking for Intel's extension or a GPU."""
     base: Any = import_module("awq.models.base")
     base.get_best_device = lambda: "none"
-    import_module("awq.modules.linear.gemm").TRITON_AVAILABLE = False
+    gemm: Any = import_module("awq.modules.linear.gemm")
+    gemm.TRITON_AVAILABLE = False
     loaded = import_module("awq").AutoAWQForCausalLM.from_quantized(
         folder, device_map={"": "cpu"}, fuse_layers=False
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import pytest
 import torch
 
@@ -124,7 +127,7 @@ def test_the_tokens_are_those_of_the_definition(
     temperature, top_k, top_p, min_p = settings
     logits = 2 * random(16, vocabulary)
     ones = torch.ones(16)
-    batch = [
+    vectors = (
         temperature * ones,
         torch.full((16,), top_k, dtype=torch.int32),
         top_p * ones,
@@ -133,7 +136,9 @@ def test_the_tokens_are_those_of_the_definition(
         0 * ones,
         0 * ones,
         torch.linspace(0, 0.999, 16, dtype=torch.float64),
-    ]
-    expected = sample_reference.sample_tokens(logits, SamplingBatch(*batch))
-    moved = SamplingBatch(*(vector.to(device) for vector in batch))
-    assert torch.equal(sample_tokens(logits.to(device), moved).cpu(), expected)
+    )
+    names = [field.name for field in fields(SamplingBatch)]
+    batch: dict[str, Any] = dict(zip(names, vectors, strict=False))
+    moved = {name: vector.to(device) for name, vector in batch.items()}
+    expected = sample_reference.sample_tokens(logits, SamplingBatch(**batch))
+    assert torch.equal(sample_tokens(logits.to(device), SamplingBatch(**moved)).cpu(), expected)
