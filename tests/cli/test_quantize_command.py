@@ -31,9 +31,7 @@ def test_rounding_writes_a_checkpoint_and_says_what_it_cost(
 ) -> None:
     done = qserve("quantize", tiny_llama, "--rtn", "-o", out)
     assert done.code == ExitCode.OK
-    assert done.err.startswith(
-        "groups of 64: the coarsest that the method has and that fits every layer"
-    )
+    assert done.err.startswith("groups of 64: the coarsest that the method has")
     text = "".join(done.out.split())  # without the table's line breaks
     for part in ("sizebefore", "sizeafter", "4.312", "peakmemory", "quantization_report.json"):
         assert part in text
