@@ -53,11 +53,9 @@ def paged_attention(
     backend = choose("paged_attention", q.device).backend
     if backend is Backend.CPU:
         cpu.paged_attention(q, kv, block_tables, context_lens, cu_seqlens_q, scoring, out)
-    elif backend is Backend.TRITON and scoring == Scoring(scoring.scale):
+    elif backend is Backend.TRITON:
         kernel = load_kernel("paged_attention")
-        kernel.paged_attention(
-            q, kv, block_tables, context_lens, cu_seqlens_q, scale=scoring.scale, out=out
-        )
+        kernel.paged_attention(q, kv, block_tables, context_lens, cu_seqlens_q, scoring, out)
     else:
         reference.paged_attention(q, kv, block_tables, context_lens, cu_seqlens_q, scoring, out)
     return out

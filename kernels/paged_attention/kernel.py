@@ -4,6 +4,9 @@ A tile is the query heads that share a KV head, of one token (decode) or several
 one cache block a trip. Softmax is in base 2. The cache is cut into segments at fixed positions;
 each has a maximum and a sum of its own, and segments are merged in order, in registers or by a
 second kernel: a row goes through the same arithmetic in every launch.
+
+Codes of a quantized cache become 16-bit floats as they are. The scale of a key multiplies its
+column of scores, that of a value its column of weights; a 4-bit offset joins as a term of its own.
 """
 
 # Triton is untyped: its decorators, and what a kernel's arguments are.
@@ -17,18 +20,31 @@ import torch
 import triton
 import triton.language as tl
 
+from qserve.kernels.cached_heads.kernel import (
+    halve_queries,
+    join_halves,
+    load_rows,
+    score_keys,
+)
+from qserve.kernels.code_conversion.kernel import convert_codes, convert_int4
 from qserve.kernels.gpu_target import gpu_target
-from qserve.kernels.kv_cache import LayerCache
+from qserve.kernels.hadamard.kernel import rotate_tile
+from qserve.kernels.kv_cache import KvFormat, LayerCache
+from qserve.kernels.online_softmax.kernel import (
+    close_state,
+    empty_state,
+    mean_factors,
+    merge_kernel,
+    merge_states,
+)
 from qserve.kernels.paged_attention.launch import (
     AttentionLaunch,
     AttentionProblem,
     attention_launch,
-    padded_head_dim,
+    merge_constants,
     tile_constants,
 )
-
-# Stands for minus infinity where the difference with itself must be zero.
-_LOWEST = tl.constexpr(-1.0e30)
+from qserve.kernels.paged_attention.scoring import Scoring
 
 
 def paged_attention(
@@ -37,19 +53,23 @@ def paged_attention(
     block_tables: torch.Tensor,
     context_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
-    *,
-    scale: float,
+    scoring: Scoring,
     out: torch.Tensor,
 ) -> None:
     """Writes the attention output of every query row to ``out``; see the public op.
 
-    Raises ``TypeError`` for a cache that is not 16 bits wide and ``ValueError`` for a block size
-    that tensor cores cannot take or a scale that is not positive.
+    Raises ``TypeError`` for a cache of float32 and ``ValueError`` for a block size that tensor
+    cores cannot take or a scale that is not positive.
     """
-    if kv.k.dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"the cache is {kv.k.dtype}, expected float16 or bfloat16 on a GPU")
-    if scale <= 0:
-        raise ValueError(f"scale is {scale}, expected a positive number such as head_dim ** -0.5")
+    if kv.format is KvFormat.FLOAT32 or q.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"q is {q.dtype} and the cache {kv.format.value}: expected 16-bit queries and a cache "
+            "of float16, bfloat16, fp8, int8 or int4 on a GPU"
+        )
+    if scoring.scale <= 0:
+        raise ValueError(
+            f"scale is {scoring.scale}, expected a positive number such as head_dim ** -0.5"
+        )
     problem = AttentionProblem(
         num_sequences=context_lens.size(0),
         num_rows=q.size(0),
@@ -58,19 +78,20 @@ def paged_attention(
         head_dim=kv.head_dim,
         block_size=kv.block_size,
         max_context=block_tables.size(1) * kv.block_size,
+        format=kv.format,
+        window=scoring.window,
     )
     if not problem.num_rows:
         return
     launch = attention_launch(problem, gpu_target(q.device))
-    batch = (block_tables, context_lens, cu_seqlens_q)
-    run(q, kv, batch, scale, out, launch)
+    run(q, kv, (block_tables, context_lens, cu_seqlens_q), scoring, out, launch)
 
 
 def run(
     q: torch.Tensor,
     kv: LayerCache,
     batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
+    scoring: Scoring,
     out: torch.Tensor,
     launch: AttentionLaunch,
 ) -> None:
@@ -84,15 +105,26 @@ def run(
         shape = (problem.num_sequences, problem.num_heads, launch.num_segments)
         sums = torch.empty((*shape, problem.head_dim), dtype=torch.float32, device=q.device)
         maxima = torch.empty((*shape, 2), dtype=torch.float32, device=q.device)
-    arguments = (q, kv.k, kv.v, out, sums, maxima, *batch)
-    strides = (q.stride(0), out.stride(0), batch[0].stride(0))
+    k, v = kv.k, kv.v
+    if kv.format is KvFormat.FLOAT8:
+        k, v = k.view(torch.uint8), v.view(torch.uint8)  # for targets that do not know the type
+    cache = (k, v, kv.k_scales, kv.v_scales, kv.k_offsets, kv.v_offsets)
     for tile in (launch.decode, launch.prefill):
         if tile is None:
             continue
         attention_kernel[tile.grid](
-            *arguments,
-            scale * math.log2(math.e),
-            *strides,
+            q,
+            *cache,
+            scoring.sinks,
+            out,
+            sums,
+            maxima,
+            *batch,
+            *_factors(scoring),
+            scoring.window,
+            q.stride(0),
+            out.stride(0),
+            batch[0].stride(0),
             problem.num_sequences,
             launch.num_segments,
             **tile_constants(launch, tile),
@@ -104,27 +136,42 @@ def run(
         merge_kernel[(problem.num_sequences, problem.num_heads)](
             sums,
             maxima,
+            scoring.sinks,
             out,
             batch[1],
             batch[2],
+            scoring.window,
             out.stride(0),
             launch.num_segments,
-            SEGMENT_TOKENS=launch.blocks_per_segment * problem.block_size,
-            HEAD_DIM=problem.head_dim,
-            BLOCK_D=padded_head_dim(problem),
+            **merge_constants(launch),
             num_warps=1,
         )
 
 
+def _factors(scoring: Scoring) -> tuple[float, float | None]:
+    """What dot products are multiplied with, and the soft cap, for powers of two.
+
+    ``c * tanh(s / c)`` is ``c - 2 c / (exp(2 s / c) + 1)``.
+    """
+    log2_e = math.log2(math.e)
+    if scoring.soft_cap is None:
+        return scoring.scale * log2_e, None
+    return scoring.scale * 2 / scoring.soft_cap * log2_e, scoring.soft_cap * log2_e
+
+
 @triton.jit
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, sum_ptr, maximum_ptr, table_ptr, context_ptr, start_ptr,
-    scale, q_stride, out_stride, table_stride, num_sequences, num_segments,
+    q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_offset_ptr, v_offset_ptr, sink_ptr,
+    out_ptr, sum_ptr, maximum_ptr, table_ptr, context_ptr, start_ptr,
+    scale, soft_cap, window, q_stride, out_stride, table_stride, num_sequences, num_segments,
     HEADS_PER_KV: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, SEGMENT_BLOCKS: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, DECODE: tl.constexpr, PARALLEL: tl.constexpr, MERGE: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one KV head, over its sequence or (PARALLEL) over a segment of it."""
+    """One tile of queries of one KV head, over its sequence or (PARALLEL) over a segment of it.
+    Scales, offsets, sinks, soft cap and window are None where there are none."""
+    HALVES: tl.constexpr = k_offset_ptr is not None
     sequence, first_token, num_tokens, start = _find_tile(start_ptr, num_sequences, TOKENS, DECODE)
     if first_token >= num_tokens:
         return
@@ -132,76 +179,46 @@ def attention_kernel(
     rows = tl.arange(0, ROWS)
     tokens = first_token + rows // HEADS_PER_KV
     heads = tl.program_id(1) * HEADS_PER_KV + rows % HEADS_PER_KV
-    dims = tl.arange(0, BLOCK_D)
     has_row = (rows < TOKENS * HEADS_PER_KV) & (tokens < num_tokens)
-    mask = has_row[:, None] & (dims < HEAD_DIM)[None, :]
     at = (start + tokens).to(tl.int64)
+    dims = tl.arange(0, 2 * BLOCK_D if HALVES else BLOCK_D)
+    mask = has_row[:, None] & (dims < HEAD_DIM)[None, :]
     q_ptrs = q_ptr + (at * q_stride + heads * HEAD_DIM)[:, None] + dims[None, :]
-    q = tl.load(q_ptrs, mask=mask, other=0.0).to(k_ptr.dtype.element_ty)
+    queries = halve_queries(tl.load(q_ptrs, mask=mask, other=0.0), k_ptr, HEAD_DIM, BLOCK_D, HALVES)
     context = tl.load(context_ptr + sequence)
     before = context - num_tokens
     positions = before + tl.minimum(tokens, num_tokens - 1)
-    first = tl.program_id(2) * SEGMENT_BLOCKS
-    last = tl.cdiv(before + tl.minimum(first_token + TOKENS, num_tokens), BLOCK_SIZE)
-    if PARALLEL:
-        last = tl.minimum(last, first + SEGMENT_BLOCKS)
-        if first >= last:
-            return
-    # Blocks before this one are seen whole by every row.
-    whole = tl.maximum(first, tl.minimum(last, (before + first_token + 1) // BLOCK_SIZE))
-    tables = table_ptr + sequence.to(tl.int64) * table_stride
-    state, totals = _attend(
-        q, k_ptr, v_ptr, tables, positions, context, scale, (first, whole, last),
-        HEAD_DIM, BLOCK_D, BLOCK_SIZE, SEGMENT_BLOCKS, MERGE,
+    first, whole, last = _find_span(
+        before + first_token, before + num_tokens, window,
+        TOKENS, BLOCK_SIZE, SEGMENT_BLOCKS, PARALLEL,
     )  # fmt: skip
+    if first >= last:
+        return
+    tables = table_ptr + sequence.to(tl.int64) * table_stride
+    cache = (k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_offset_ptr, v_offset_ptr)
+    nothing = empty_state(ROWS, BLOCK_D, BLOCK_SIZE, HALVES)
+    state, totals = _attend(
+        nothing, nothing, queries, cache, tables, positions, context, scale, soft_cap, window,
+        first, whole, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SEGMENT_BLOCKS, False, MERGE, PTX,
+    )  # fmt: skip
+    state, totals = _attend(
+        state, totals, queries, cache, tables, positions, context, scale, soft_cap, window,
+        whole, last, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SEGMENT_BLOCKS, True, MERGE, PTX,
+    )  # fmt: skip
+    state = close_state(state, HALVES)
     if PARALLEL:
         part = (sequence * tl.num_programs(1) * HEADS_PER_KV + heads) * num_segments
         part = part.to(tl.int64) + tl.program_id(2)
-        sum_ptrs = sum_ptr + part[:, None] * HEAD_DIM + dims[None, :]
-        _store_state(sum_ptrs, maximum_ptr + part * 2, state, mask, has_row)
+        _store_state(sum_ptr, maximum_ptr, part, state, has_row, HEAD_DIM, BLOCK_D, HALVES)
     else:
+        state = merge_states(totals, state, HALVES)
+        sinks = None if sink_ptr is None else tl.load(sink_ptr + heads, mask=has_row, other=0.0)
+        factors, weights = mean_factors(state, sinks)
+        sums = join_halves(state, HEAD_DIM, BLOCK_D, HALVES) * factors / weights
+        if HALVES:
+            sums = rotate_tile(sums, HEAD_DIM & -HEAD_DIM)
         out_ptrs = out_ptr + (at * out_stride + heads * HEAD_DIM)[:, None] + dims[None, :]
-        _store_mean(out_ptrs, _merge(totals, state), mask)
-
-
-@triton.jit
-def merge_kernel(
-    sum_ptr, maximum_ptr, out_ptr, context_ptr, start_ptr, out_stride, num_segments,
-    SEGMENT_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One head of one decoding sequence, from the parts that its segments left."""
-    sequence = tl.program_id(0)
-    head = tl.program_id(1)
-    start = tl.load(start_ptr + sequence)
-    if tl.load(start_ptr + sequence + 1) - start != 1:
-        return
-    dims = tl.arange(0, BLOCK_D)
-    mask = dims < HEAD_DIM
-    part = (sequence * tl.num_programs(1) + head).to(tl.int64) * num_segments
-    totals = _empty(1, BLOCK_D)
-    for segment in tl.range(0, tl.cdiv(tl.load(context_ptr + sequence), SEGMENT_TOKENS)):
-        at = part + segment
-        sums = tl.load(sum_ptr + at * HEAD_DIM + dims, mask=mask, other=0.0)[None, :]
-        maxima = tl.load(maximum_ptr + at * 2 + tl.arange(0, 1))
-        weights = tl.load(maximum_ptr + at * 2 + 1 + tl.arange(0, 1))
-        totals = _merge(totals, (sums, weights[:, None] + tl.zeros((1, 16), tl.float32), maxima))
-    out_ptrs = out_ptr + start.to(tl.int64) * out_stride + head * HEAD_DIM + dims[None, :]
-    _store_mean(out_ptrs, totals, mask[None, :])
-
-
-@triton.jit
-def _store_state(sum_ptrs, maximum_ptrs, state, mask, has_row):
-    sums, weights, maxima = state
-    tl.store(sum_ptrs, sums, mask=mask)
-    tl.store(maximum_ptrs, maxima, mask=has_row)
-    tl.store(maximum_ptrs + 1, tl.max(weights, 1), mask=has_row)
-
-
-@triton.jit
-def _store_mean(out_ptrs, state, mask):
-    sums, weights, _ = state
-    out = sums / tl.max(weights, 1)[:, None]
-    tl.store(out_ptrs, out.to(out_ptrs.dtype.element_ty), mask=mask)
+        tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -233,94 +250,99 @@ def _find_tile(start_ptr, num_sequences, TOKENS: tl.constexpr, DECODE: tl.conste
 
 
 @triton.jit
-def _empty(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A softmax over nothing: weighted sums of values, sums of weights, maxima of scores.
-
-    Weights are summed by the tensor cores, 16 times alike, so that the order of the sum does not
-    depend on how a tile spreads over threads.
-    """
-    sums = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    return sums, tl.zeros((ROWS, 16), tl.float32), tl.full((ROWS,), _LOWEST, tl.float32)
-
-
-@triton.jit
-def _merge(left, right):
-    """The softmax over two disjoint sets of positions. Fused by hand: alike in every kernel."""
-    left_sums, left_weights, left_maxima = left
-    right_sums, right_weights, right_maxima = right
-    maxima = tl.maximum(left_maxima, right_maxima)
-    left_factors = tl.exp2(left_maxima - maxima)[:, None]
-    right_factors = tl.exp2(right_maxima - maxima)[:, None]
-    sums = tl.fma(right_sums, right_factors, left_sums * left_factors)
-    weights = tl.fma(right_weights, right_factors, left_weights * left_factors)
-    return sums, weights, maxima
+def _find_span(
+    row, end, window, TOKENS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SEGMENT_BLOCKS: tl.constexpr, PARALLEL: tl.constexpr,
+):  # fmt: skip
+    """The blocks of a tile whose first row is at position ``row`` of ``end``: the first, the first
+    that is not seen whole by every row, and the end."""
+    first = tl.program_id(2) * SEGMENT_BLOCKS
+    if window is not None:  # of the first row; later ones see less of the beginning
+        first = tl.maximum(first, (row + 1 - window) // BLOCK_SIZE)
+    last = tl.cdiv(tl.minimum(row + TOKENS, end), BLOCK_SIZE)
+    if PARALLEL:
+        last = tl.minimum(last, (tl.program_id(2) + 1) * SEGMENT_BLOCKS)
+    whole = first
+    if window is None:
+        whole = tl.maximum(first, tl.minimum(last, (row + 1) // BLOCK_SIZE))
+    return first, whole, last
 
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, table_ptr, positions, context, scale, span,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SEGMENT_BLOCKS: tl.constexpr, MERGE: tl.constexpr,
-):  # fmt: skip
-    """The softmax of the segment at the end of ``span`` and, if MERGE, of the segments before it.
-
-    span: the first block, the first that is not seen whole by all rows, and the end.
-    """
-    first, whole, last = span
-    nothing = _empty(q.shape[0], BLOCK_D)
-    state, totals = _attend_blocks(
-        nothing, nothing, q, k_ptr, v_ptr, table_ptr, positions, context, scale, first, whole,
-        HEAD_DIM, BLOCK_D, BLOCK_SIZE, SEGMENT_BLOCKS, False, MERGE,
-    )  # fmt: skip
-    return _attend_blocks(
-        state, totals, q, k_ptr, v_ptr, table_ptr, positions, context, scale, whole, last,
-        HEAD_DIM, BLOCK_D, BLOCK_SIZE, SEGMENT_BLOCKS, True, MERGE,
-    )  # fmt: skip
-
-
-@triton.jit
-def _attend_blocks(
-    state, totals, q, k_ptr, v_ptr, table_ptr, positions, context, scale, first, last,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SEGMENT_BLOCKS: tl.constexpr, MASKED: tl.constexpr, MERGE: tl.constexpr,
+    state, totals, queries, cache, table_ptr, positions, context, scale, soft_cap, window,
+    first, last, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SEGMENT_BLOCKS: tl.constexpr, MASKED: tl.constexpr, MERGE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """``state`` with blocks ``first`` to ``last - 1``, moved to ``totals`` at ends of segments."""
-    sums, weights, maxima = state
+    k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, k_offset_ptr, v_offset_ptr = cache
+    HALVES: tl.constexpr = k_offset_ptr is not None
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM
+    dtype: tl.constexpr = queries[0].dtype
+    sums, high_sums, offset_sums, weights, maxima = state
     offsets = tl.arange(0, BLOCK_SIZE)
-    dims = tl.arange(0, BLOCK_D)
-    element_offsets = offsets[:, None] * HEAD_DIM + dims[None, :]
-    has_dim = (dims < HEAD_DIM)[None, :]
+    element_offsets = offsets[:, None] * WIDTH + tl.arange(0, BLOCK_D)[None, :]
+    has_dim = (tl.arange(0, BLOCK_D) < WIDTH)[None, :]
     for block in range(first, last):
         page = tl.load(table_ptr + block).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        at = page * (BLOCK_SIZE * HEAD_DIM)
-        keys = _load(k_ptr + at + element_offsets, has_dim, HEAD_DIM != BLOCK_D)
-        scores = tl.dot(q, tl.trans(keys))
+        elements = page * (BLOCK_SIZE * WIDTH) + element_offsets
+        slots = page * BLOCK_SIZE + offsets
+        at = block * BLOCK_SIZE + offsets
+        scores = score_keys(
+            queries, k_ptr + elements, k_scale_ptr, k_offset_ptr, slots, has_dim,
+            WIDTH != BLOCK_D, PTX,
+        )  # fmt: skip
+        factor = scale
+        if soft_cap is not None:
+            inverse = 1.0 / (tl.exp2(scores * scale) + 1.0)
+            scores = tl.fma(inverse, -2.0 * soft_cap, soft_cap)
+            factor = 1.0
+        is_written = at < context  # slots past the end hold anything, and zero times NaN is NaN
         if MASKED:
-            is_seen = (block * BLOCK_SIZE + offsets)[None, :] <= positions[:, None]
+            is_seen = at[None, :] <= positions[:, None]
+            if window is not None:
+                is_seen &= at[None, :] > (positions - window)[:, None]
             scores = tl.where(is_seen, scores, float("-inf"))
-            # Slots past the end were never written, and zero times NaN would be NaN.
-            is_written = (block * BLOCK_SIZE + offsets < context)[:, None]
-            values = _load(v_ptr + at + element_offsets, has_dim & is_written, True)
+        has_value = has_dim & is_written[:, None]
+        values = load_rows(v_ptr + elements, has_value, MASKED or WIDTH != BLOCK_D)
+        highest = tl.maximum(maxima, tl.max(scores, 1) * factor)
+        decay, maxima = tl.exp2(maxima - highest)[:, None], highest
+        p = tl.exp2(tl.fma(scores, factor, -highest[:, None]))
+        weights = tl.dot(p.to(dtype), tl.full((BLOCK_SIZE, 16), 1.0, dtype), weights * decay)
+        if HALVES:
+            value_offsets = load_rows(v_offset_ptr + slots, is_written, MASKED).to(tl.float32)
+            offset_sums = tl.fma(p, value_offsets[None, :], offset_sums * decay)
+        if v_scale_ptr is not None:
+            p *= load_rows(v_scale_ptr + slots, is_written, MASKED).to(tl.float32)[None, :]
+        if HALVES:
+            low, high = convert_int4(values, dtype, PTX)
+            sums = tl.dot(p.to(dtype), low, sums * decay)
+            high_sums = tl.dot(p.to(dtype), high, high_sums * decay)
         else:
-            values = _load(v_ptr + at + element_offsets, has_dim, HEAD_DIM != BLOCK_D)
-        highest = tl.maximum(maxima, tl.max(scores, 1) * scale)
-        factors = tl.exp2(maxima - highest)[:, None]
-        maxima = highest
-        exponents = tl.fma(
-            scores, tl.full(scores.shape, 0.0, tl.float32) + scale, -highest[:, None]
-        )
-        p = tl.exp2(exponents).to(values.dtype)
-        weights = tl.dot(p, tl.full((BLOCK_SIZE, 16), 1.0, values.dtype), weights * factors)
-        sums = tl.dot(p, values, sums * factors)
+            sums = tl.dot(p.to(dtype), convert_codes(values, dtype, PTX), sums * decay)
         if MERGE:  # noqa: SIM102 - the outer condition is decided at compile time
             if (block + 1) % SEGMENT_BLOCKS == 0:
-                totals = _merge(totals, (sums, weights, maxima))
-                sums, weights, maxima = _empty(sums.shape[0], BLOCK_D)
-    return (sums, weights, maxima), totals
+                state = close_state((sums, high_sums, offset_sums, weights, maxima), HALVES)
+                totals = merge_states(totals, state, HALVES)
+                sums, high_sums, offset_sums, weights, maxima = empty_state(
+                    sums.shape[0], BLOCK_D, BLOCK_SIZE, HALVES
+                )
+    return (sums, high_sums, offset_sums, weights, maxima), totals
 
 
 @triton.jit
-def _load(ptrs, mask, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(ptrs, mask=mask, other=0.0)
-    return tl.load(ptrs)
+def _store_state(
+    sum_ptr, maximum_ptr, part, state, has_row,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    sums, high_sums, _, weights, maxima = state
+    WIDTH: tl.constexpr = HEAD_DIM // 2 if HALVES else HEAD_DIM
+    dims = tl.arange(0, BLOCK_D)
+    mask = has_row[:, None] & (dims < WIDTH)[None, :]
+    sum_ptrs = sum_ptr + part[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(sum_ptrs, sums, mask=mask)
+    if HALVES:
+        tl.store(sum_ptrs + WIDTH, high_sums, mask=mask)
+    maximum_ptrs = maximum_ptr + part * 2
+    tl.store(maximum_ptrs, maxima, mask=has_row)
+    tl.store(maximum_ptrs + 1, tl.max(weights, 1), mask=has_row)

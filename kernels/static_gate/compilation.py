@@ -108,9 +108,8 @@ def _amd_report(spec: KernelSpec, target: GpuTarget, compiled: Any) -> Report:
     assembly = compiled.asm["amdgcn"]
     program = amd.parse(assembly)
     whole = count(program.instructions)
-    spilled = amd.resource(assembly, "vgpr_spill_count") + amd.resource(
-        assembly, "sgpr_spill_count"
-    )
+    # Scalar registers spill into lanes of vector registers, and no farther.
+    spilled = amd.resource(assembly, "vgpr_spill_count")
     frame = amd.resource(assembly, "private_segment_fixed_size")
     fits = compiled.metadata.shared <= target.shared_bytes
     return Report(

@@ -38,8 +38,8 @@ class Batch:
         return self.tables, self.contexts, self.starts
 
     @property
-    def scale(self) -> float:
-        return float(self.kv.head_dim**-0.5)
+    def scoring(self) -> Scoring:
+        return Scoring(scale=float(self.kv.head_dim**-0.5))
 
 
 def make_batch(
@@ -97,6 +97,7 @@ def make_launch(
         blocks_per_segment=blocks_per_segment,
         num_segments=num_segments,
         parallel=parallel,
+        ptx=True,
         decode=TileLaunch(16, 1, 4, 2, decode_grid),
         prefill=TileLaunch(rows, tokens, 4, 2, prefill_grid),
     )
@@ -105,7 +106,7 @@ def make_launch(
 def attend(batch: Batch, launch: AttentionLaunch) -> torch.Tensor:
     """The kernel's output in a matrix full of NaN: what it does not write cannot pass."""
     out = torch.full_like(batch.q, float("nan"))
-    kernel.run(batch.q, batch.kv, batch.lengths, batch.scale, out, launch)
+    kernel.run(batch.q, batch.kv, batch.lengths, batch.scoring, out, launch)
     return out
 
 
@@ -117,7 +118,7 @@ def error(out: torch.Tensor, batch: Batch) -> float:
     """
     expected = torch.empty(batch.q.shape)
     kv = LayerCache(batch.kv.k.float(), batch.kv.v.float())
-    reference.paged_attention(batch.q.float(), kv, *batch.lengths, Scoring(batch.scale), expected)
+    reference.paged_attention(batch.q.float(), kv, *batch.lengths, batch.scoring, expected)
     step = torch.finfo(batch.q.dtype).eps * 3
     return float(((out.float() - expected).abs() / step).nan_to_num(nan=1e9).max())
 
@@ -161,7 +162,7 @@ def test_queries_may_lie_apart_and_so_may_outputs() -> None:
     apart = replace(batch, q=qkv[:, :width])
     out = torch.full_like(qkv, 7.0)
     launch = make_launch(batch, parallel=True, blocks_per_segment=1)
-    kernel.run(apart.q, apart.kv, apart.lengths, apart.scale, out[:, :width], launch)
+    kernel.run(apart.q, apart.kv, apart.lengths, apart.scoring, out[:, :width], launch)
     assert error(out[:, :width], batch) < 1
     assert bool((out[:, width:] == 7.0).all())
 

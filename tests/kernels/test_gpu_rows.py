@@ -1,4 +1,4 @@
-"""The Triton kernels of rows, of the store into the cache and of sampling on a real GPU."""
+"""The Triton kernels of rows, of the quantized cache and of sampling on a real GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from qserve.kernels.kv_store import reference as store_reference
 from qserve.kernels.kv_store import rope_and_store, rope_table
 from qserve.kernels.layer_norm import layer_norm
 from qserve.kernels.layer_norm import reference as layer_reference
+from qserve.kernels.paged_attention import Scoring, paged_attention, reference
 from qserve.kernels.rms_norm import reference as rms_reference
 from qserve.kernels.rms_norm import rms_norm
 from qserve.kernels.rms_norm_int8 import rms_norm_int8
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = (torch.float16, torch.bfloat16)
 FORMATS = (KvFormat.BFLOAT16, KvFormat.FLOAT8, KvFormat.INT8, KvFormat.INT4)
 OPS = (
-    "gated_activation", "kv_store", "layer_norm", "rms_norm", "rms_norm_int8",
+    "gated_activation", "kv_store", "layer_norm", "paged_attention", "rms_norm", "rms_norm_int8",
     "sample",
 )  # fmt: skip
 BLOCK_SIZE = 64
@@ -55,6 +56,20 @@ def on(device: torch.device, kv: LayerCache) -> LayerCache:
     k, v, *numbers = (None if part is None else part.to(device) for part in parts)
     assert k is not None and v is not None
     return LayerCache(k, v, *numbers)
+
+
+def filled_cache(
+    format: KvFormat, num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[LayerCache, torch.Tensor]:
+    """A cache with ``num_tokens`` stored by the definition, and its queries ``[T, H * D]``."""
+    num_heads, num_kv_heads, head_dim = heads
+    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    kv = LayerCache.allocate(format, num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
+    qkv = random(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    positions = torch.arange(num_tokens).int()
+    table = rope_table(head_dim, num_tokens, 10000.0)
+    store_reference.rope_and_store(qkv, positions, table, kv, positions, False)
+    return kv, qkv[:, : num_heads * head_dim]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -117,6 +132,39 @@ def test_what_is_stored_is_what_the_definition_stores(
             assert torch.equal(mine.cpu().view(torch.uint8), theirs.view(torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", [KvFormat.FLOAT8, KvFormat.INT8, KvFormat.INT4])
+@pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64), (8, 8, 80), (8, 8, 96), (4, 2, 256)])
+@pytest.mark.parametrize("num_queries", [1, 70])
+def test_attention_over_a_quantized_cache_is_its_definition(
+    num_queries: int,
+    heads: tuple[int, int, int],
+    format: KvFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    kv, q = filled_cache(format, 1001, heads, dtype)
+    q = q[-num_queries:]
+    tables = torch.arange(kv.num_blocks).int()[None]
+    lengths, starts = torch.tensor([1001]).int(), torch.tensor([0, num_queries]).int()
+    sinks = random(heads[0])
+    expected = torch.empty(q.shape)
+    for scoring in (
+        Scoring(heads[2] ** -0.5),
+        Scoring(heads[2] ** -0.5, window=300, soft_cap=20.0, sinks=sinks),
+    ):
+        reference.paged_attention(q.float(), kv, tables, lengths, starts, scoring, expected)
+        moved = Scoring(
+            scoring.scale,
+            scoring.window,
+            scoring.soft_cap,
+            None if scoring.sinks is None else scoring.sinks.to(device),
+        )
+        batch = [tensor.to(device) for tensor in (tables, lengths, starts)]
+        found = paged_attention(q.to(device), on(device, kv), *batch, moved).cpu().float()
+        assert float((found - expected).abs().max()) < 8 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("vocabulary", [32000, 151936])
 @pytest.mark.parametrize(
     "settings", [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 0.95, 0.02), (1.2, 0, 0.9, 0.0)]
@@ -127,18 +175,21 @@ def test_the_tokens_are_those_of_the_definition(
     temperature, top_k, top_p, min_p = settings
     logits = 2 * random(16, vocabulary)
     ones = torch.ones(16)
-    vectors = (
-        temperature * ones,
-        torch.full((16,), top_k, dtype=torch.int32),
-        top_p * ones,
-        min_p * ones,
-        ones,
-        0 * ones,
-        0 * ones,
-        torch.linspace(0, 0.999, 16, dtype=torch.float64),
+    batch = SamplingBatch(
+        temperature=temperature * ones,
+        top_k=torch.full((16,), top_k, dtype=torch.int32),
+        top_p=top_p * ones,
+        min_p=min_p * ones,
+        repetition_penalty=ones,
+        frequency_penalty=0 * ones,
+        presence_penalty=0 * ones,
+        uniforms=torch.linspace(0, 0.999, 16, dtype=torch.float64),
     )
-    names = [field.name for field in fields(SamplingBatch)]
-    batch: dict[str, Any] = dict(zip(names, vectors, strict=False))
-    moved = {name: vector.to(device) for name, vector in batch.items()}
-    expected = sample_reference.sample_tokens(logits, SamplingBatch(**batch))
-    assert torch.equal(sample_tokens(logits.to(device), SamplingBatch(**moved)).cpu(), expected)
+    vectors: dict[str, Any] = {
+        field.name: getattr(batch, field.name).to(device)
+        for field in fields(batch)
+        if field.name != "adjustments"
+    }
+    expected = sample_reference.sample_tokens(logits, batch)
+    found = sample_tokens(logits.to(device), SamplingBatch(**vectors))
+    assert torch.equal(found.cpu(), expected)

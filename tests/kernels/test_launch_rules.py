@@ -88,10 +88,12 @@ def test_blocks_that_no_tensor_core_takes_are_refused(block_size: int) -> None:
         attention_launch(replace(BATCH, block_size=block_size), A100)
 
 
-def test_head_dimensions_are_padded_to_a_power_of_two() -> None:
-    assert attention.padded_head_dim(replace(BATCH, head_dim=80)) == 128
-    assert attention.padded_head_dim(replace(BATCH, head_dim=8)) == 16
-    assert attention.padded_head_dim(BATCH) == 128
+def test_rows_of_the_cache_are_padded_to_a_power_of_two() -> None:
+    assert [attention.padded(width) for width in (8, 64, 80, 128)] == [16, 64, 128, 128]
+    launch = attention_launch(replace(BATCH, head_dim=96, format=KvFormat.INT4), A100)
+    assert tile_constants(launch, launch.decode)["BLOCK_D"] == 64
+    assert attention.merge_constants(launch)["BLOCK_D"] == 128
+    assert attention.merge_constants(launch)["ROTATE"]
 
 
 def test_the_cost_of_decode_is_the_cache_that_it_reads() -> None:
@@ -105,6 +107,31 @@ def test_a_chunk_costs_each_token_with_all_before_it() -> None:
     assert cost.flops == 4 * (11 + 12 + 13) * 32 * 128
     assert cost.num_bytes == 2 * 2 * 13 * 8 * 128 + 2 * 2 * 3 * 32 * 128
     assert attention.trip_bytes(BATCH) == 2 * 2 * 64 * 128
+
+
+def test_codes_make_the_cache_cheaper_and_a_window_bounds_a_chunk() -> None:
+    int8, int4 = (replace(BATCH, format=format) for format in (KvFormat.INT8, KvFormat.INT4))
+    rows = 2 * 2 * 8 * 32 * 128
+    assert decode_cost(int8, num_tokens=1000).num_bytes == 2 * 1000 * 8 * (128 + 2) + rows
+    assert decode_cost(int4, num_tokens=1000).num_bytes == 2 * 1000 * 8 * (64 + 4) + rows
+    windowed = prefill_cost(replace(BATCH, window=4), chunk=3, prefix=10)
+    assert windowed.flops == 4 * (4 + 4 + 4) * 32 * 128
+    assert windowed.num_bytes == 2 * 2 * 6 * 8 * 128 + 2 * 2 * 3 * 32 * 128
+    assert prefill_cost(replace(BATCH, window=99), 3, 10) == prefill_cost(BATCH, 3, 10)
+
+
+def test_two_warps_decode_codes_that_their_registers_hold() -> None:
+    def warps(format: KvFormat, head_dim: int = 128, num_sequences: int = 8) -> int:
+        problem = replace(
+            BATCH, format=format, head_dim=head_dim, num_sequences=num_sequences, num_rows=8
+        )
+        return attention_launch(problem, A100).decode.num_warps
+
+    assert warps(KvFormat.FLOAT16) == warps(KvFormat.INT8, 256) == 4
+    assert warps(KvFormat.INT4, num_sequences=2000) == 4
+    assert warps(KvFormat.INT8) == warps(KvFormat.INT4) == warps(KvFormat.FLOAT8) == 2
+    small = attention_launch(replace(BATCH, format=KvFormat.INT8), TARGETS["sm_86"])
+    assert small.decode.num_warps == 4
 
 
 @pytest.mark.parametrize("heads", [(32, 8, 128), (9, 3, 64), (1, 1, 256), (40, 40, 80)])

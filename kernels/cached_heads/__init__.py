@@ -1,0 +1,1 @@
+"""Device functions on the heads of a paged cache, as attention reads them."""

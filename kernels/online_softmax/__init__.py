@@ -1,0 +1,1 @@
+"""Device functions of a softmax that is taken a stretch at a time: states and how they merge."""
