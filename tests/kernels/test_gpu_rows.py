@@ -160,8 +160,8 @@ def test_attention_over_a_quantized_cache_is_its_definition(
             scoring.soft_cap,
             None if scoring.sinks is None else scoring.sinks.to(device),
         )
-        batch = [tensor.to(device) for tensor in (tables, lengths, starts)]
-        found = paged_attention(q.to(device), on(device, kv), *batch, moved).cpu().float()
+        indices = (tables.to(device), lengths.to(device), starts.to(device))
+        found = paged_attention(q.to(device), on(device, kv), *indices, moved).cpu().float()
         assert float((found - expected).abs().max()) < 8 * torch.finfo(dtype).eps
 
 
