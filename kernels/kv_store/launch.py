@@ -40,7 +40,8 @@ class StoreLaunch:
     grid: tuple[int, int]
 
 
-_ELEMENTS = 1024  # of a tile: 16 bytes a lane in four warps
+_ELEMENTS = 1024  # of a tile: 16 bytes a lane in two waves of AMD
+_NUM_WARPS = 2
 
 
 def store_launch(problem: StoreProblem) -> StoreLaunch:
@@ -49,7 +50,7 @@ def store_launch(problem: StoreProblem) -> StoreLaunch:
     columns = padded_dim(problem)
     heads = min(max(1, _ELEMENTS // columns), 1 << (most - 1).bit_length())
     num_tiles = ceil(problem.num_heads / heads) + 2 * ceil(problem.num_kv_heads / heads)
-    num_warps = max(1, heads * columns * 4 // _ELEMENTS)
+    num_warps = max(1, heads * columns * _NUM_WARPS // _ELEMENTS)
     return StoreLaunch(problem, heads, num_warps, (problem.num_tokens, num_tiles))
 
 

@@ -6,12 +6,14 @@ from qserve.kernels.gpu_target import GpuTarget
 from qserve.kernels.static_gate.catalogue.attention import attention_kernels
 from qserve.kernels.static_gate.catalogue.byte_matmul import byte_kernels
 from qserve.kernels.static_gate.catalogue.matmul import matmul_kernels
+from qserve.kernels.static_gate.catalogue.rows import row_kernels
 from qserve.kernels.static_gate.spec import KernelSpec
 
 FAMILIES = {
     "matmul": matmul_kernels,
     "matmul8": byte_kernels,
     "attention": attention_kernels,
+    "rows": row_kernels,
 }
 """What the launch rules launch on a target, by the page of docs/reference that shows it."""
 
