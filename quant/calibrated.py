@@ -31,7 +31,7 @@ from qserve.quant.grid import grid_over_all, rounding_difference
 from qserve.quant.methods import Profile, Transform
 from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.options import Rounding
-from qserve.quant.plan import Plan
+from qserve.quant.plan import Plan, StageSpec
 from qserve.quant.report import LayerReport, ScaleReport
 from qserve.quant.scaling import ScaleChoice, ScaleSearch
 from qserve.quant.smoothing import SmoothSearch
@@ -88,10 +88,11 @@ class CalibratedQuantizer:
         weights: dict[str, QuantizedWeight] = {}
         layers: list[LayerReport] = []
         for stage, inputs in block.walk_(self._hidden, self._scratch):
-            if self._plan.includes(block, stage):
+            spec = self._plan.spec(block, stage)
+            if spec is not None:
                 scale = transformed.scales.get(stage.name)
                 gram = self._gram_of(block, stage, inputs, self._profile.activations)
-                codes, reports = self._quantize_stage_(block, stage, gram, scale)
+                codes, reports = self._quantize_stage_(block, stage, spec, gram, scale)
                 weights |= codes
                 layers += reports
         return BlockResult(weights, tuple(layers), self._block_error(transformed))
@@ -114,34 +115,39 @@ class CalibratedQuantizer:
 
     def _search(self, block: Block, stage: Stage, inputs: torch.Tensor) -> Search | None:
         """What finds the scale of a stage; None for a stage that gets none."""
-        transform, levels = self._profile.transform, self._profile.levels
-        if transform is Transform.NONE or not self._plan.includes(block, stage):
+        transform, spec = self._profile.transform, self._plan.spec(block, stage)
+        if transform is Transform.NONE or spec is None:
             return None
         sharing = sharing_of(block, stage)
         weight = torch.cat([block.linear(name).weight for name in stage.linears])
         if transform is Transform.SMOOTH:
             rows = inputs.flatten(0, 1)
             sample = rows[:: -(-len(rows) // NUM_SMOOTHING_TOKENS)].clone()
-            return SmoothSearch(weight, sample, levels, sharing)
+            return SmoothSearch(weight, sample, spec.levels, sharing)
         gram = self._gram_of(block, stage, inputs, None)
-        return ScaleSearch(weight, gram, self._plan.group_in(gram.shape[0]), levels, sharing)
+        return ScaleSearch(weight, gram, spec.group_size, spec.levels, sharing)
 
     def _quantize_stage_(
-        self, block: Block, stage: Stage, gram: torch.Tensor, choice: ScaleChoice | None
+        self,
+        block: Block,
+        stage: Stage,
+        spec: StageSpec,
+        gram: torch.Tensor,
+        choice: ScaleChoice | None,
     ) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
         """Replace the weights of a stage by what their codes stand for."""
         linears = [block.linear(name) for name in stage.linears]
         weight = torch.cat([linear.weight for linear in linears])
         sizes = [linear.out_features for linear in linears]
-        group_size, rounding = self._plan.group_in(len(gram)), self._rounding_for(len(gram))
-        levels = self._profile.levels
+        group_size, levels = spec.group_size, spec.levels
+        rounding = self._rounding_for(len(gram))
         # Nested scales are quantized a layer at a time; all else is done in one go.
         pieces = weight.split(sizes) if levels.nested else [weight]
         chosen = [choose_codes(piece, gram, group_size, levels, rounding) for piece in pieces]
         parts = chosen if levels.nested else chosen[0].split(sizes)
         rounded = torch.cat([part.values() for part in parts])
         errors = output_errors(rounded - weight, gram)
-        baseline = output_errors(self._unscaled_difference(weight, group_size, choice), gram)
+        baseline = output_errors(_unscaled_difference(weight, spec, choice), gram)
         energies = output_errors(weight, gram)
         clipped = torch.cat(
             [part.clipped(piece) for part, piece in zip(chosen, pieces, strict=True)]
@@ -158,6 +164,8 @@ class CalibratedQuantizer:
                     name=block.full_name(name),
                     in_features=linear.in_features,
                     out_features=linear.out_features,
+                    bits=levels.bits,
+                    group_size=group_size,
                     rounded_error=float(baseline[rows].sum()) / energy,
                     error=float(errors[rows].sum()) / energy,
                     clipped_share=float(clipped[rows].float().mean()),
@@ -172,15 +180,6 @@ class CalibratedQuantizer:
         num_tokens = self._hidden.shape[0] * self._hidden.shape[1]
         enough = num_tokens >= MIN_TOKENS_PER_INPUT * num_inputs
         return self._profile.rounding if enough else Rounding.NEAREST
-
-    def _unscaled_difference(
-        self, weight: torch.Tensor, group_size: int, choice: ScaleChoice | None
-    ) -> torch.Tensor:
-        """What rounding to nearest without a scale would do, in the scaled coordinates."""
-        scale = torch.ones(weight.shape[1]) if choice is None else choice.scale
-        groups = (weight / scale).unflatten(1, (-1, group_size))
-        difference = rounding_difference(groups, grid_over_all(groups, self._profile.levels))
-        return difference.flatten(1).mul_(scale)
 
     def _block_error(self, transformed: _Transformed) -> float:
         difference = self._hidden[:: self._stride] - transformed.left
@@ -204,6 +203,16 @@ class CalibratedQuantizer:
                 "overflows on the calibration text, its weights are damaged"
             )
         return mean
+
+
+def _unscaled_difference(
+    weight: torch.Tensor, spec: StageSpec, choice: ScaleChoice | None
+) -> torch.Tensor:
+    """What rounding to nearest without a scale would do, in the scaled coordinates."""
+    scale = torch.ones(weight.shape[1]) if choice is None else choice.scale
+    groups = (weight / scale).unflatten(1, (-1, spec.group_size))
+    difference = rounding_difference(groups, grid_over_all(groups, spec.levels))
+    return difference.flatten(1).mul_(scale)
 
 
 def _scale_report(choice: ScaleChoice) -> ScaleReport:

@@ -47,12 +47,7 @@ def fold_(block: Block, stage: Stage, scale: torch.Tensor) -> torch.Tensor:
 
 def settle_(block: Block, plan: Plan) -> None:
     """Round every parameter that stays in 16 bits to what a reader of the checkpoint will see."""
-    quantized = {
-        f"{name}.weight"
-        for stage in block.stages
-        if plan.includes(block, stage)
-        for name in stage.linears
-    }
+    quantized = {f"{name}.weight" for name in plan.names_in(block)}
     for name, parameter in block.layer.named_parameters():
         if name not in quantized:
             parameter.copy_(as_stored(parameter))

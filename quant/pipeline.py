@@ -90,9 +90,7 @@ class _Run:
         self._profile = profile
         self._format = make_writer(profile.output, PROGRAM, activations=profile.activations)
         self._length = 1
-        self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
-            block, plan, self._profile.levels
-        )
+        self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(block, plan)
 
     def prepare(self) -> Calibration | None:
         """Gather the calibration windows, unless the method reads none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qserve.quant.architecture import Stage
@@ -11,6 +11,7 @@ from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.registry import make_writer
 from qserve.quant.formats.writer import Writer
+from qserve.quant.grid import LevelSet
 from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
 from qserve.quant.options import QuantizeOptions
 
@@ -24,29 +25,37 @@ class SkippedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class StageSpec:
+    """How the layers of a stage are coded.
+
+    group_size: inputs that share a scale; as many as there are for one scale a row.
+    """
+
+    levels: LevelSet
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What is done to each linear layer of the blocks.
 
-    skipped: in the order of the model; every other linear layer of a block is quantized.
+    group_size: of the layers for which nothing else is said, -1 for one scale a row.
+    specs: of every quantized stage, by the index of its block and its name.
+    skipped: the other linear layers of the blocks, in the order of the model.
     """
 
     group_size: int
+    specs: Mapping[tuple[int, str], StageSpec]
     skipped: tuple[SkippedLayer, ...]
 
-    def group_in(self, in_features: int) -> int:
-        """Inputs that share a scale in a layer with so many of them."""
-        return in_features if self.group_size == WHOLE_ROW else self.group_size
+    def spec(self, block: Block, stage: Stage) -> StageSpec | None:
+        """How the layers of this stage are coded; None when they stay in 16 bits."""
+        return self.specs.get((block.index, stage.name))
 
     def names_in(self, block: Block) -> tuple[str, ...]:
         """The quantized linear layers of a block, by their names inside it."""
-        return tuple(
-            name for stage in block.stages if self.includes(block, stage) for name in stage.linears
-        )
-
-    def includes(self, block: Block, stage: Stage) -> bool:
-        """Whether the layers of this stage are quantized: all of them or none."""
-        name = block.full_name(stage.linears[0])
-        return all(layer.name != name for layer in self.skipped)
+        stages = [stage for stage in block.stages if self.spec(block, stage) is not None]
+        return tuple(name for stage in stages for name in stage.linears)
 
 
 def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
@@ -62,7 +71,7 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
     patterns = [re.compile(pattern) for pattern in options.ignore]
     used: set[re.Pattern[str]] = set()
     skipped: list[SkippedLayer] = []
-    included: list[Stage] = []
+    included: list[tuple[int, Stage]] = []
     for index in range(decoder.num_blocks):
         for stage in block.stages:
             names = {name: f"model.layers.{index}.{name}" for name in stage.linears}
@@ -71,7 +80,7 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
             reasons = {n: f"matches {p.pattern!r}" for n, p in matches.items()}
             reasons = reasons or _misfits(block, stage, profile, writer)
             if not reasons:
-                included.append(stage)
+                included.append((index, stage))
             skipped += [
                 SkippedLayer(full, reasons.get(name) or _follows(reasons))
                 for name, full in names.items()
@@ -87,8 +96,15 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
         raise OptionError(
             f"no linear layer is left to quantize: {skipped[0].name}: {skipped[0].reason}"
         )
-    widths = {name: block.linear(name).in_features for s in included for name in s.linears}
-    return Plan(_group_size(options.group_size, widths, profile.group_sizes), tuple(skipped))
+    widths = {name: block.linear(name).in_features for _, s in included for name in s.linears}
+    group_size = _group_size(options.group_size, widths, profile.group_sizes)
+    specs = {
+        (index, stage.name): StageSpec(
+            profile.levels, widths[stage.linears[0]] if group_size == WHOLE_ROW else group_size
+        )
+        for index, stage in included
+    }
+    return Plan(group_size, specs, tuple(skipped))
 
 
 def _misfits(block: Block, stage: Stage, profile: Profile, writer: Writer) -> dict[str, str]:

@@ -29,6 +29,7 @@ class ScaleReport:
 class LayerReport:
     """One quantized linear layer.
 
+    bits: of a code. group_size: inputs that share a scale; as many as there are for a whole row.
     rounded_error, error: relative squared error of rounding to nearest, and of what was stored.
         For AWQ of the layer's outputs on the calibration text, ``|X (V - W)^T|^2 / |X W^T|^2``,
         with the inputs X that the quantized model has there; for RTN, which reads no text, of the
@@ -41,6 +42,8 @@ class LayerReport:
     name: str
     in_features: int
     out_features: int
+    bits: int
+    group_size: int
     rounded_error: float
     error: float
     clipped_share: float
@@ -73,6 +76,7 @@ class SizeReport:
 class QuantizationReport:
     """The whole run.
 
+    bits, group_size: of the layers for which nothing else was asked; -1 for one scale a row.
     block_errors: for each block, the squared difference its quantization makes to its output,
         relative to what the block adds to the hidden states; empty for RTN.
     bfloat16_tensors: tensors with values that float16 cannot hold, stored in bfloat16.

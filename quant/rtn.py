@@ -10,23 +10,24 @@ import torch
 from qserve.quant.block_result import BlockResult
 from qserve.quant.decoder import Block
 from qserve.quant.formats.layer_format import QuantizedWeight
-from qserve.quant.grid import LevelSet, Rounded, grid_over_all, nearest_levels
+from qserve.quant.grid import Rounded, grid_over_all, nearest_levels
 from qserve.quant.options import Rounding
 from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport
 
 
-def quantize_block(block: Block, plan: Plan, levels: LevelSet) -> BlockResult:
+def quantize_block(block: Block, plan: Plan) -> BlockResult:
     """Codes for every linear layer of the plan in a block."""
     weights: dict[str, QuantizedWeight] = {}
     layers = []
     for stage in block.stages:
-        if not plan.includes(block, stage):
+        spec = plan.spec(block, stage)
+        if spec is None:
             continue
         for name in stage.linears:
             weight = block.linear(name).weight.detach()
-            groups = weight.unflatten(1, (-1, plan.group_in(weight.shape[1])))
-            grid = grid_over_all(groups, levels).settled()
+            groups = weight.unflatten(1, (-1, spec.group_size))
+            grid = grid_over_all(groups, spec.levels).settled()
             rounded = Rounded(nearest_levels(groups, grid), grid)
             weights[name] = rounded.pack()
             energy = weight.square().sum(dtype=torch.float64)
@@ -37,6 +38,8 @@ def quantize_block(block: Block, plan: Plan, levels: LevelSet) -> BlockResult:
                     name=block.full_name(name),
                     in_features=weight.shape[1],
                     out_features=weight.shape[0],
+                    bits=spec.levels.bits,
+                    group_size=spec.group_size,
                     rounded_error=error,
                     error=error,
                     clipped_share=0.0,

@@ -13,7 +13,6 @@ from qserve.quant.block_result import BlockResult
 from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import CheckpointError
-from qserve.quant.grid import LevelSet
 from qserve.quant.methods import profile_of
 from qserve.quant.options import QuantizeOptions, Rounding
 from qserve.quant.plan import Plan, make_plan
@@ -57,7 +56,7 @@ def test_every_layer_and_the_block_are_better_than_rounding_to_nearest(
     float_output, rounded_output = hidden.clone(), hidden.clone()
     decoder.block(0, hidden.shape[1]).run_(float_output)
     rounded = decoder.block(0, hidden.shape[1])
-    for name, weight in rtn.quantize_block(rounded, plan, LevelSet()).weights.items():
+    for name, weight in rtn.quantize_block(rounded, plan).weights.items():
         rounded.linear(name).weight.copy_(weight.dequantize())
     rounded.run_(rounded_output)
 
@@ -79,7 +78,7 @@ def test_reported_errors_are_those_of_the_layers_outputs(
     inputs = original.module("input_layernorm")(hidden).flatten(0, 1)
     block, result = quantized_block(decoder, plan, hidden.clone())
     scaled_inputs = block.module("input_layernorm")(hidden).flatten(0, 1)
-    rounded = rtn.quantize_block(original, plan, LevelSet()).weights
+    rounded = rtn.quantize_block(original, plan).weights
     for layer in result.layers[:2]:  # the rows of the third one carry a scale of the next stage
         name = layer.name.removeprefix("model.layers.0.")
         expected = inputs @ original.linear(name).weight.T

@@ -196,6 +196,7 @@ def test_the_report_says_what_was_done(result: Result, text_file: Path) -> None:
     assert (report.calibration.num_windows, report.calibration.num_windows_asked) == (12, 12)
     assert len(report.layers) == 14 and len(report.block_errors) == 2
     for layer in report.layers:
+        assert (layer.bits, layer.group_size) == (4, 32)
         assert 0 < layer.error < layer.rounded_error < 0.1, layer.name
         assert layer.scale is not None and layer.scale.smallest <= layer.scale.largest
     # Groups of 32: 4 bits, 16 bits of scale and 4 of zero point in 32 weights.

@@ -11,8 +11,9 @@ import pytest
 from qserve.quant.decoder import Decoder
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.grid import LevelSet
 from qserve.quant.options import Method, QuantizeOptions
-from qserve.quant.plan import Plan, make_plan
+from qserve.quant.plan import Plan, StageSpec, make_plan
 
 MakeLlama = Callable[..., Path]
 
@@ -24,7 +25,11 @@ def plan_for(folder: Path, **options: Any) -> Plan:
 def test_every_layer_is_quantized_in_the_largest_groups_that_fit(
     tiny_llama: Path, make_tiny_llama: MakeLlama
 ) -> None:
-    assert plan_for(tiny_llama) == Plan(group_size=64, skipped=())
+    plan = plan_for(tiny_llama)
+    spec = StageSpec(LevelSet(), group_size=64)
+    stages = ("attention input", "attention output", "mlp input", "mlp output")
+    specs = {(index, stage): spec for index in range(2) for stage in stages}
+    assert plan == Plan(group_size=64, specs=specs, skipped=())
     wide = make_tiny_llama(hidden_size=96, num_attention_heads=6)
     assert plan_for(wide).group_size == 32
     assert plan_for(tiny_llama, group_size=32).group_size == 32
@@ -67,7 +72,9 @@ def test_a_group_size_that_the_format_does_not_have_is_refused_with_those_it_has
 ) -> None:
     with pytest.raises(OptionError, match="group size 48: this method takes 128 or 64 or 32"):
         plan_for(tiny_llama, group_size=48)
-    assert plan_for(tiny_llama, method=Method.GPTQ, group_size=-1).group_in(144) == 144
+    whole_rows = plan_for(tiny_llama, method=Method.GPTQ, group_size=-1)
+    assert whole_rows.group_size == -1
+    assert [whole_rows.specs[0, f"mlp {end}put"].group_size for end in ("in", "out")] == [64, 128]
     assert plan_for(tiny_llama, method=Method.NF4).group_size == 64
 
 
