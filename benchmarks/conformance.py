@@ -123,8 +123,7 @@ def compute_logits(folder: Path, token_ids: torch.Tensor) -> torch.Tensor:
     hidden = decoder.embed(token_ids)
     for index in range(decoder.num_blocks):
         decoder.block(index, token_ids.shape[1]).run_(hidden)
-    logits: torch.Tensor = decoder.final_norm()(hidden) @ decoder.head().T
-    return logits
+    return decoder.head().logits(decoder.final_norm()(hidden))
 
 
 def compare(folder: Path, theirs: dict[str, torch.Tensor]) -> tuple[float | None, float]:

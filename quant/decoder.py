@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -15,7 +17,14 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from qserve.kernels.activations import Activations, round_activations
-from qserve.quant.architecture import Stage, architecture_of, check_attention
+from qserve.quant.architecture import (
+    Architecture,
+    Stage,
+    architecture_of,
+    attention_implementation,
+    attention_mask,
+    check_rotary,
+)
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
 
@@ -45,17 +54,21 @@ class Block:
         self,
         index: int,
         layer: nn.Module,
+        architecture: Architecture,
         positions: tuple[torch.Tensor, torch.Tensor],
-        stages: tuple[Stage, ...],
+        mask: torch.Tensor | None,
     ) -> None:
         self.index = index
         self.layer = layer
-        self.stages = stages
-        self._positions = positions  # cosines and sines, each [1, T, head_dim]
+        self.architecture = architecture
+        self._context: dict[str, Any] = {
+            "position_embeddings": positions,  # cosines and sines, each [1, T, rotary width]
+            "attention_mask": mask,
+        }
 
     @property
-    def head_dim(self) -> int:
-        return self._positions[0].shape[-1]
+    def stages(self) -> tuple[Stage, ...]:
+        return self.architecture.stages
 
     def module(self, name: str) -> nn.Module:
         """A submodule by its name inside the block, such as ``mlp.down_proj``."""
@@ -84,7 +97,7 @@ class Block:
     def run_(self, hidden: torch.Tensor) -> None:
         """Replace hidden states ``[S, T, hidden_size]`` by the output of the block."""
         for window in hidden:
-            window.copy_(self.layer(window[None], position_embeddings=self._positions)[0])
+            window.copy_(self.layer(window[None], **self._context)[0])
 
     def walk_(
         self, hidden: torch.Tensor, scratch: ScratchMemory
@@ -101,20 +114,20 @@ class Block:
 
         normed = scratch.take("hidden-sized", num_windows, length, hidden_size)
         for window, out in zip(hidden, normed, strict=True):
-            out.copy_(self.module("input_layernorm")(window))
+            out.copy_(self.module(into_attention.previous)(window))
         yield into_attention, normed
 
         width = self.linear(into_output.linears[0]).in_features
         mixed = scratch.take("wide", num_windows, length, width)
         with _bypassed(attention, "o_proj"):
             for window, out in zip(normed, mixed, strict=True):
-                out.copy_(attention(window[None], position_embeddings=self._positions)[0][0])
+                out.copy_(attention(window[None], **self._context)[0][0])
         yield into_output, mixed
 
         output = self.linear(into_output.linears[0])
         for window, inputs, out in zip(hidden, mixed, normed, strict=True):
-            window.add_(output(inputs))
-            out.copy_(self.module("post_attention_layernorm")(window))
+            window.add_(self._normed(output(inputs), self.architecture.attention_norm))
+            out.copy_(self.module(into_mlp.previous)(window))
         yield into_mlp, normed
 
         width = self.linear(into_down.linears[0]).in_features
@@ -126,7 +139,14 @@ class Block:
 
         down = self.linear(into_down.linears[0])
         for window, inputs in zip(hidden, gated, strict=True):
-            window.add_(down(inputs))
+            window.add_(self._normed(down(inputs), self.architecture.mlp_norm))
+
+    def _normed(self, output: torch.Tensor, norm: str | None) -> torch.Tensor:
+        """An output as it is added to the hidden states."""
+        if norm is None:
+            return output
+        normed: torch.Tensor = self.module(norm)(output)
+        return normed
 
 
 @contextmanager
@@ -140,6 +160,24 @@ def _bypassed(parent: nn.Module, name: str) -> Iterator[None]:
         setattr(parent, name, original)
 
 
+@dataclass(frozen=True, slots=True)
+class OutputHead:
+    """The output matrix ``[vocab_size, hidden_size]``, float32, and the cap of Gemma 2's logits.
+
+    Logits x become ``soft_cap * tanh(x / soft_cap)``; None leaves them as they are.
+    """
+
+    weight: torch.Tensor
+    soft_cap: float | None
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[..., vocab_size]`` of normed hidden states ``[..., hidden_size]``."""
+        logits: torch.Tensor = torch.matmul(hidden, self.weight.T, out=out)
+        if self.soft_cap is not None:
+            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        return logits
+
+
 class Decoder:
     """A float or quantized checkpoint as embedding, blocks and head, each read when asked for.
 
@@ -151,7 +189,7 @@ class Decoder:
         self.checkpoint = checkpoint
         self.architecture = architecture_of(checkpoint)
         self.config = _configuration(checkpoint)
-        check_attention(self.config, str(checkpoint.folder))
+        check_rotary(self.config, str(checkpoint.folder))
 
     @property
     def num_blocks(self) -> int:
@@ -182,7 +220,8 @@ class Decoder:
     def _build(self, index: int, length: int) -> Block:
         with torch.device("meta"):
             layer = self.architecture.layer(self.config, index)
-        return Block(index, layer.eval(), self._positions(length), self.architecture.stages)
+        mask = attention_mask(self.config, index, length)
+        return Block(index, layer.eval(), self.architecture, self._positions(length), mask)
 
     def _positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         rotary = self.architecture.rotary(self.config)
@@ -209,7 +248,8 @@ class Decoder:
                 f"the tokenizer gives id {int(token_ids.max())}, the embedding has "
                 f"{table.shape[0]} rows: the tokenizer files belong to another model"
             )
-        return checked(nn.functional.embedding(token_ids, table), EMBEDDING, None)
+        hidden = checked(nn.functional.embedding(token_ids, table), EMBEDDING, None)
+        return hidden * table.shape[1] ** 0.5 if self.architecture.scales_embedding else hidden
 
     def check_outside_blocks(self) -> None:
         """Raise ``CheckpointError`` unless embedding, final norm and head are there and sound.
@@ -230,12 +270,13 @@ class Decoder:
         norm.load_state_dict({"weight": weight}, assign=True)
         return norm.requires_grad_(False)
 
-    def head(self) -> torch.Tensor:
-        """The output matrix ``[vocab_size, hidden_size]``, float32."""
+    def head(self) -> OutputHead:
+        """What makes logits of normed hidden states."""
         name = EMBEDDING if self.is_tied else HEAD
-        return checked(
+        weight = checked(
             self.checkpoint.tensor(name), name, (self.config.vocab_size, self.config.hidden_size)
         )
+        return OutputHead(weight, getattr(self.config, "final_logit_softcapping", None))
 
 
 def checked(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
@@ -266,5 +307,5 @@ def _configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} is not a usable configuration: {error}"
         ) from None
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = attention_implementation(config)
     return config

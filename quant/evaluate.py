@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qserve.quant.decoder import Decoder
+from qserve.quant.decoder import Decoder, OutputHead
 from qserve.quant.errors import CalibrationError, CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.progress import Phase, Progress, ProgressCallback
@@ -127,7 +127,7 @@ def _score(
 ) -> _Scores:
     """Compare the last decoder with the first, which are the same one without a base."""
     heads = [decoder.head() for decoder in decoders]
-    buffers = [torch.empty(POSITIONS_AT_ONCE, len(head)) for head in heads]
+    buffers = [torch.empty(POSITIONS_AT_ONCE, len(head.weight)) for head in heads]
     rows = []
     for index, window in enumerate(windows):
         sums = torch.zeros(4, dtype=torch.float64)
@@ -148,9 +148,9 @@ def _score(
     return _Scores(*torch.stack(rows, dim=1))
 
 
-def _log_probs(hidden: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+def _log_probs(hidden: torch.Tensor, head: OutputHead, buffer: torch.Tensor) -> torch.Tensor:
     """Log-probabilities ``[T, V]`` of hidden states ``[T, hidden_size]``, in the buffer."""
-    logits = torch.mm(hidden, head.T, out=buffer[: len(hidden)])
+    logits = head.logits(hidden, out=buffer[: len(hidden)])
     return logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True))
 
 

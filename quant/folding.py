@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from qserve.quant.architecture import Fold, Stage
@@ -15,9 +17,8 @@ def sharing_of(block: Block, stage: Stage) -> HeadSharing | None:
     """Which inputs of a stage must share a scale; None when each has one of its own."""
     if stage.fold is not Fold.VALUE_ROWS:
         return None
-    inputs = block.linear(stage.linears[0]).in_features
-    repeats = inputs // block.linear(stage.previous).out_features
-    return HeadSharing(block.head_dim, repeats)
+    attention: Any = block.module("self_attn")
+    return HeadSharing(attention.head_dim, attention.num_key_value_groups)
 
 
 def fold_(block: Block, stage: Stage, scale: torch.Tensor) -> torch.Tensor:
@@ -25,21 +26,27 @@ def fold_(block: Block, stage: Stage, scale: torch.Tensor) -> torch.Tensor:
 
     Returns the scale that was applied. Behind a norm it differs from the asked one in the last
     digits: the divided norm is rounded to the type it is stored in first, and the scale is the
-    quotient of the two, so that the stored model computes the same function.
+    quotient of the two, so that the stored model computes the same function. Where a norm adds an
+    offset to what is stored (Gemma), small factors are coarser than that, and the scales with them.
     """
     if stage.fold is Fold.NORM:
-        norm = block.module(stage.previous).get_parameter("weight")
-        stored = as_stored(norm / scale)
-        usable = stored != 0
-        scale = torch.where(usable, norm / stored, 1.0)
-        norm.copy_(torch.where(usable, stored, norm))
+        weight, offset = (
+            block.module(stage.previous).get_parameter("weight"),
+            block.architecture.norm_offset,
+        )
+        factor = weight + offset
+        stored = as_stored(factor / scale - offset)
+        divided = stored + offset
+        usable = divided != 0
+        scale = torch.where(usable, factor / divided, 1.0)
+        weight.copy_(torch.where(usable, stored, weight))
     else:
         previous = block.linear(stage.previous)
         sharing = sharing_of(block, stage)
         by_row = scale if sharing is None else sharing.of_rows(scale)
-        previous.weight.div_(by_row[:, None])
+        previous.weight[-len(by_row) :].div_(by_row[:, None])
         if previous.bias is not None:
-            previous.bias.div_(by_row)
+            previous.bias[-len(by_row) :].div_(by_row)
     for name in stage.linears:
         block.linear(name).weight.mul_(scale)
     return scale

@@ -63,7 +63,13 @@ def quantize(
     calibration = run.prepare()
     run.quantize_blocks(progress)
     run.write_rest()
-    write_config(out, source.config, run.config_block(), side_file=run.side_file)
+    write_config(
+        out,
+        source.config,
+        run.config_block(),
+        dtype=decoder.architecture.dtype,
+        side_file=run.side_file,
+    )
     copy_files(source.folder, out)
     report = run.report(calibration, time.perf_counter() - started)
     report.write(out)
@@ -88,7 +94,12 @@ class _Run:
         self._schemes: dict[str, LayerScheme] = {}
         profile = profile_of(options)
         self._profile = profile
-        self._format = make_writer(profile.output, PROGRAM, activations=profile.activations)
+        self._format = make_writer(
+            profile.output,
+            PROGRAM,
+            activations=profile.activations,
+            dtype=decoder.architecture.dtype,
+        )
         self._length = 1
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(block, plan)
 
