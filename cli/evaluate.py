@@ -42,8 +42,9 @@ PERCENT = 100
 def command(model: str, as_json: bool, **options: Any) -> None:
     """Measure the perplexity of MODEL, and with --against how far it is from BASE.
 
-    MODEL and BASE are folders (float or AWQ), .gguf files or hub ids. All arithmetic is in
-    float32, so the figures tell about the checkpoint and not about an engine.
+    MODEL and BASE are folders (float or quantized), .gguf files or hub ids. All arithmetic is in
+    float32, so the figures tell about the checkpoint and not about an engine; activations are
+    rounded to 8 bits where the checkpoint was made for that.
     """
     evaluation = _evaluate(model, options)
     if as_json:
@@ -104,6 +105,8 @@ def _print_table(evaluation: Evaluation, model: str, options: dict[str, Any]) ->
     if evaluation.top1 is not None and evaluation.top1_standard_error is not None:
         agreement = _with(PERCENT * evaluation.top1, PERCENT * evaluation.top1_standard_error, 2)
         rows.append(("same most likely token, %", agreement))
+    if evaluation.activations is not None:
+        rows.append(("activations rounded to", evaluation.activations))
     rows.append(("time", format_seconds(evaluation.seconds)))
     print_table("evaluation", ("", ""), rows)
 

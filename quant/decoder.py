@@ -208,6 +208,8 @@ class Decoder:
     def block(self, index: int, length: int) -> Block:
         """Block ``index`` for windows of ``length`` tokens, in float32, packed weights dequantized.
 
+        Where the checkpoint was made for quantized activations, its packed layers round their
+        inputs as the kernels that run them do.
         Raises ``CheckpointError`` for missing, wrongly shaped or non-finite tensors.
         """
         block = self._build(index, length)
@@ -215,7 +217,13 @@ class Decoder:
             {name: self._parameter(block, name) for name in block.layer.state_dict()}, assign=True
         )
         block.layer.requires_grad_(False)
+        if self.checkpoint.activations is not None:
+            block.round_inputs_(self._packed_in(block), self.checkpoint.activations)
         return block
+
+    def _packed_in(self, block: Block) -> list[str]:
+        names = [name for stage in block.stages for name in stage.linears]
+        return [n for n in names if self.checkpoint.describe(block.full_name(n)) is not None]
 
     def _build(self, index: int, length: int) -> Block:
         with torch.device("meta"):

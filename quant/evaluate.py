@@ -3,14 +3,15 @@
 A figure is comparable with another only when all of this is the same: the text, tokenized once by
 the base model's tokenizer without special tokens; windows evenly spread over it; every position of
 a window but its last predicts the next token, with no context from elsewhere; weights and
-activations in float32, sums in float64.
+activations in float32, sums in float64. Only the inputs of layers that were made for quantized
+activations are rounded to 8 bits first, as the kernels that run them do.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +36,7 @@ class Evaluation:
     kl: mean divergence KL(base || model) of the next-token distributions, in nats.
     top1: share of positions where both models hold the same token most likely.
     ..._standard_error: over windows; NaN when there is only one.
+    activations: what the inputs of the model's packed layers are rounded to, None for not at all.
     Fields that need a base model are None without one.
     """
 
@@ -46,6 +48,7 @@ class Evaluation:
     kl_standard_error: float | None
     top1: float | None
     top1_standard_error: float | None
+    activations: str | None
     seconds: float
 
 
@@ -57,7 +60,7 @@ def evaluate(
     seq_len: int,
     progress: ProgressCallback,
 ) -> Evaluation:
-    """Judge a float or AWQ checkpoint on a text, against a float one when it is given.
+    """Judge a float or quantized checkpoint on a text, against a float one when it is given.
 
     Both models run block by block over all windows. A text too short for ``num_windows`` windows
     gives fewer, see the result. Raises ``CalibrationError`` when it is shorter than one window or
@@ -81,7 +84,12 @@ def evaluate(
     report = _Pace(progress, total=sum(d.num_blocks for d in decoders) + len(windows))
     outputs = [_final_hidden(decoder, windows, report) for decoder in decoders]
     scores = _score(decoders, outputs, windows, report)
-    return _summarize(scores, windows, base is not None, time.perf_counter() - started)
+    evaluation = _summarize(scores, windows, base is not None)
+    return replace(
+        evaluation,
+        activations=None if model.activations is None else model.activations.value,
+        seconds=time.perf_counter() - started,
+    )
 
 
 class _Pace:
@@ -163,9 +171,7 @@ def _compare(base: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> 
     return torch.stack([nll, base_nll, kl, agreement])
 
 
-def _summarize(
-    scores: _Scores, windows: torch.Tensor, has_base: bool, seconds: float
-) -> Evaluation:
+def _summarize(scores: _Scores, windows: torch.Tensor, has_base: bool) -> Evaluation:
     def standard_error(values: torch.Tensor) -> float:
         return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
@@ -178,5 +184,6 @@ def _summarize(
         kl_standard_error=standard_error(scores.kl) if has_base else None,
         top1=float(scores.agreement.mean()) if has_base else None,
         top1_standard_error=standard_error(scores.agreement) if has_base else None,
-        seconds=seconds,
+        activations=None,
+        seconds=0.0,
     )

@@ -60,6 +60,18 @@ def test_table_has_the_same_figures(
     assert f"{100 * figures['top1']:.2f} ±" in done.out
 
 
+def test_quantized_activations_are_told(
+    tiny_llama: Path, text: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    few = ("--samples", "2", "--seq-len", "32", "--threads", "1")
+    assert qserve("quantize", tiny_llama, "-o", out, "--fp8", *few).code == ExitCode.OK
+    done = qserve("eval", out, "--text", text, *FEW)
+    assert re.search(r"activations rounded to\s+float8-token", done.out)
+    done = qserve("eval", tiny_llama, "--text", text, *FEW)
+    assert "activations rounded" not in done.out
+
+
 def test_without_a_base_there_is_a_perplexity_only(
     tiny_llama: Path, text: Path, qserve: Callable[..., Any]
 ) -> None:
