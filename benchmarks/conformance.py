@@ -56,10 +56,11 @@ MADE = {
 }
 """Tool -> checkpoints that it writes and we load."""
 
-# Weights are compared in float32: what differs is the last digit of a product. bitsandbytes rounds
-# the activations of its CPU kernels, AutoAWQ and GPTQModel compute in float16, we do not.
+# We dequantize to float32. Where a tool does so too, only the last digit of a product may differ;
+# where it rounds the weight to float16 (the type of the scales), half a unit of that: 2**-11.
+# bitsandbytes rounds the activations of its CPU kernels, AutoAWQ and GPTQModel compute in float16.
 WEIGHT_LIMIT = 1e-6
-HALF_WEIGHT_LIMIT = 2e-3  # GPTQModel dequantizes to float16
+HALF_WEIGHT_LIMIT = 2.0**-11
 LOGIT_LIMIT = 1e-2
 ROUNDED_LOGIT_LIMIT = 1e-1
 TIMEOUT_S = 600
@@ -79,11 +80,15 @@ class Cell:
     logits: float
 
     @property
+    def is_half(self) -> bool:
+        """Whether the tool holds the weights in float16: from GEMV only its input is at hand."""
+        return self.peer == "gptqmodel" or self.format.startswith(("pack-quantized", "gemv"))
+
+    @property
     def is_green(self) -> bool:
         """Whether weights are equal but for rounding, and logits near."""
-        half = self.peer == "gptqmodel"
         rounds = self.peer == "bitsandbytes"
-        weight_limit = HALF_WEIGHT_LIMIT if half else WEIGHT_LIMIT
+        weight_limit = HALF_WEIGHT_LIMIT if self.is_half else WEIGHT_LIMIT
         logit_limit = ROUNDED_LOGIT_LIMIT if rounds else LOGIT_LIMIT
         return (self.weights or 0.0) <= weight_limit and self.logits <= logit_limit
 
