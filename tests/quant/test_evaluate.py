@@ -114,9 +114,10 @@ def test_what_was_made_for_quantized_activations_is_judged_with_them(
     for name, module in model.named_modules():
         if ".layers." in name and hasattr(module, "weight"):
             stored = written.linear(name)
-            is_float = isinstance(stored, torch.Tensor)
-            module.weight.data = stored.float() if is_float else stored.dequantize()
-            if not is_float:
+            if isinstance(stored, torch.Tensor):
+                module.weight.data = stored.float()
+            else:
+                module.weight.data = stored.dequantize()
                 module.register_forward_pre_hook(_rounding(written.activations))
     ids = expected_windows(tiny_llama, text)
     base_log_probs = log_probs(tiny_llama, ids)
