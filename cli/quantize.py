@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 BUILT_IN, SELF = "builtin", "self"
 METHODS = (
-    *("awq", "gptq", "int8", "smoothquant", "nf4", "fp4", "fp8", "fp8-weight", "llm-int8"),
-    "rtn",
+    *("awq", "gptq", "int4", "int8", "smoothquant", "qoq", "nf4", "fp4", "fp8", "fp8-weight"),
+    *("llm-int8", "hqq", "rtn"),
 )
 FORMATS = ("awq", "gptq", "gptq-v2", "compressed-tensors", "bitsandbytes")
 
@@ -39,6 +39,7 @@ def method_flag(name: str, text: str) -> Callable[[Callable[..., None]], Callabl
 )
 @method_flag("awq", "Activation-aware 4 bits, stored as AWQ (the default).")
 @method_flag("gptq", "The same steps on symmetric codes, stored as GPTQ.")
+@method_flag("int4", "The same symmetric codes, stored as compressed-tensors.")
 @method_flag("int8", "8-bit weights, one scale a row.")
 @method_flag("smoothquant", "8-bit weights and activations (W8A8).")
 @method_flag("nf4", "bitsandbytes' 4-bit levels, with double quantization.")

@@ -123,7 +123,7 @@ class CalibratedQuantizer:
         if transform is Transform.SMOOTH:
             rows = inputs.flatten(0, 1)
             sample = rows[:: -(-len(rows) // NUM_SMOOTHING_TOKENS)].clone()
-            return SmoothSearch(weight, sample, spec.levels, sharing)
+            return SmoothSearch(weight, sample, spec.group_size, spec.levels, sharing)
         gram = self._gram_of(block, stage, inputs, None)
         return ScaleSearch(weight, gram, spec.group_size, spec.levels, sharing)
 
@@ -211,8 +211,8 @@ def _unscaled_difference(
     """What rounding to nearest without a scale would do, in the scaled coordinates."""
     scale = torch.ones(weight.shape[1]) if choice is None else choice.scale
     groups = (weight / scale).unflatten(1, (-1, spec.group_size))
-    difference = rounding_difference(groups, grid_over_all(groups, spec.levels))
-    return difference.flatten(1).mul_(scale)
+    grid = grid_over_all(groups, spec.levels).settled()
+    return rounding_difference(groups, grid).flatten(1).mul_(scale)
 
 
 def _scale_report(choice: ScaleChoice) -> ScaleReport:

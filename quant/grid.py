@@ -27,6 +27,10 @@ CODEBOOK_MARGIN = 0.15
 """Half the width of the last step of nf4: a weight further out than this is clipped."""
 
 
+PROTECTED = 119
+"""The farthest level of a row in whole multiples of its scale, before scales are rounded."""
+
+
 class Zero(Enum):
     """Where the zero of integer codes lies."""
 
@@ -47,7 +51,8 @@ class LevelSet:
 
     zero: of integer codes. codebook: the levels in ascending order, from -1 to 1, instead of
     integers; more than 16 are those of float8. scale_dtype: what scales are stored as. nested:
-    whether they are quantized themselves (bitsandbytes' double quantization).
+    whether they are quantized themselves (bitsandbytes' double quantization). progressive: whether
+    they are whole multiples of one of the row, so that a weight is an int8 times that (QoQ).
     """
 
     bits: int = 4
@@ -55,6 +60,7 @@ class LevelSet:
     codebook: tuple[float, ...] | None = None
     scale_dtype: torch.dtype = torch.float16
     nested: bool = False
+    progressive: bool = False
 
     @property
     def coding(self) -> Coding:
@@ -100,25 +106,46 @@ class Grid:
     Both are float32 for arithmetic, but the scales hold values of their stored type (so that codes
     are chosen for the scale that a reader will see) and the zero points whole numbers of
     ``[0, 2**bits)``: zero is always on the grid. A codebook has no zero points: they are 0.
-    nested: how scales that are quantized themselves are stored, once they are settled.
+    nested: how scales that are quantized themselves are stored, once they are settled. outer: the
+    scales ``[N]`` of rows that those of groups are multiples of, once they are settled.
     """
 
     scales: torch.Tensor
     zero_points: torch.Tensor
     levels: LevelSet
     nested: NestedScales | None = None
+    outer: torch.Tensor | None = None
 
     def settled(self) -> Grid:
         """The grid ``[N, G]`` of a whole layer with its scales as they are stored."""
+        if self.levels.progressive:
+            return self._settled_in_rows()
         if not self.levels.nested:
             return self
         nested = nest(self.scales.flatten())
         scales = nested.dequantize().view_as(self.scales)
         return Grid(scales, self.zero_points, self.levels, nested)
 
+    def _settled_in_rows(self) -> Grid:
+        """Scales as whole multiples of one for each row.
+
+        The farthest level of the widest group becomes 119 of them: a scale that is rounded up moves
+        it by half of the 15 levels at most, so that it stays in -127..127 (QoQ's protective range,
+        Lin et al. 2024, arXiv 2405.04532, section 4.1).
+        """
+        top = (1 << self.levels.bits) - 1
+        reach = self.scales * torch.maximum(self.zero_points, top - self.zero_points)
+        outer = reach.amax(1) / PROTECTED
+        whole = (self.scales / outer[:, None]).round_().clamp_(min=1)
+        return Grid(whole * outer[:, None], self.zero_points, self.levels, outer=outer)
+
     def snap_(self, units: torch.Tensor) -> torch.Tensor:
         """Replace ``units [..., group_size]``, weights over their scales, by the nearest levels."""
         return snapper(self.levels, self.zero_points[..., None])(units)
+
+
+ChooseGrid = Callable[[torch.Tensor, LevelSet], Grid]
+"""The grid ``[...]`` for weights in groups, ``[..., group_size]``."""
 
 
 def snapper(levels: LevelSet, zero_points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -186,24 +213,34 @@ class Rounded:
 
     def split(self, sizes: list[int]) -> list[Rounded]:
         """The linear layers that were rounded as one, ``sizes`` rows each."""
-        parts = zip(
-            self.levels.split(sizes),
-            self.grid.scales.split(sizes),
-            self.grid.zero_points.split(sizes),
-            strict=True,
-        )
-        return [Rounded(levels, Grid(s, z, self.grid.levels)) for levels, s, z in parts]
+        grid = self.grid
+        return [
+            Rounded(
+                self.levels[rows],
+                Grid(
+                    grid.scales[rows],
+                    grid.zero_points[rows],
+                    grid.levels,
+                    outer=None if grid.outer is None else grid.outer[rows],
+                ),
+            )
+            for rows in torch.arange(len(self.levels)).split(sizes)
+        ]
 
     def pack(self) -> QuantizedWeight:
         """The codes, in the neutral form that every format is written from."""
         grid, kind = self.grid, self.grid.levels
         if kind.coding is Coding.INTEGER:
+            scales = grid.scales
+            if grid.outer is not None:
+                scales = (scales / grid.outer[:, None]).round()
             return GroupedWeight(
                 codes=(self.levels + grid.zero_points[..., None]).to(torch.uint8).flatten(1),
-                scales=grid.scales.to(kind.scale_dtype),
+                scales=scales.to(kind.scale_dtype),
                 zero_points=grid.zero_points.to(torch.uint8),
                 bits=kind.bits,
                 group_size=self.levels.shape[-1],
+                channel_scales=grid.outer,
             )
         if kind.coding is Coding.FLOAT8:
             values = (self.levels * MAX_FLOAT8).to(torch.float8_e4m3fn).flatten(1)

@@ -11,7 +11,8 @@ from qserve.kernels.activations import MAX_FLOAT8, Activations
 from qserve.quant.formats.bitsandbytes import CODEBOOKS
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.formats.writer import LayerScheme
-from qserve.quant.grid import LevelSet, Zero
+from qserve.quant.grid import ChooseGrid, LevelSet, Zero, grid_over_all
+from qserve.quant.half_quadratic import solve_grid
 from qserve.quant.options import GROUP_SIZES, Method, QuantizeOptions, Rounding
 
 WHOLE_ROW = -1
@@ -38,8 +39,8 @@ class Profile:
     """A method, taken apart.
 
     group_sizes: what may be chosen from, the usual ones first. calibrated: whether text is read;
-    without it every group spans its weights and each weight is rounded alone. activations: what
-    the result is run with, None for 16 bits.
+    without it ``choose_grid`` looks at the weights of each group, and each weight is rounded alone.
+    activations: what the result is run with, None for 16 bits.
     """
 
     levels: LevelSet
@@ -49,6 +50,7 @@ class Profile:
     transform: Transform = Transform.SCALE
     rounding: Rounding = Rounding.FEEDBACK
     activations: Activations | None = None
+    choose_grid: ChooseGrid = grid_over_all
 
     def scheme(self, out_features: int, in_features: int, group_size: int) -> LayerScheme:
         """How a layer of this shape is coded."""
@@ -60,6 +62,7 @@ class Profile:
             in_features if group_size == WHOLE_ROW else group_size,
             symmetric=self.levels.is_symmetric,
             nested=self.levels.nested,
+            outer_scales=self.levels.progressive,
         )
 
 
@@ -80,8 +83,27 @@ def _gptq(options: QuantizeOptions) -> Profile:
     return Profile(levels, (*GROUP_SIZES, WHOLE_ROW), OutputFormat.GPTQ)
 
 
+def _int4(options: QuantizeOptions) -> Profile:
+    return replace(_gptq(options), output=OutputFormat.COMPRESSED_TENSORS)
+
+
 def _rtn(options: QuantizeOptions) -> Profile:
     return replace(_awq(options), calibrated=False, transform=Transform.NONE)
+
+
+def _hqq(options: QuantizeOptions) -> Profile:
+    output = OutputFormat.AWQ if options.code_bits == 4 else OutputFormat.COMPRESSED_TENSORS
+    return replace(_rtn(options), output=output, choose_grid=solve_grid)
+
+
+def _qoq(_: QuantizeOptions) -> Profile:
+    return Profile(
+        LevelSet(scale_dtype=torch.float32, progressive=True),
+        GROUP_SIZES,
+        OutputFormat.QOQ,
+        transform=Transform.SMOOTH,
+        activations=Activations.INT8_TOKEN,
+    )
 
 
 def _int8(_: QuantizeOptions) -> Profile:
@@ -127,6 +149,9 @@ def _float8(options: QuantizeOptions) -> Profile:
 _BUILDERS = {
     Method.AWQ: _awq,
     Method.GPTQ: _gptq,
+    Method.INT4: _int4,
+    Method.QOQ: _qoq,
+    Method.HQQ: _hqq,
     Method.RTN: _rtn,
     Method.INT8: _int8,
     Method.LLM_INT8: _llm_int8,

@@ -26,6 +26,9 @@ class Method(Enum):
     """The same steps on symmetric codes of 2, 3, 4 or 8 bits, stored as GPTQ (Frantar et al.,
     2022)."""
 
+    INT4 = "int4"
+    """The same symmetric codes of 4 bits, stored as compressed-tensors."""
+
     INT8 = "int8"
     """8-bit weights, one scale a row or a group; activations stay in 16 bits."""
 
@@ -50,12 +53,21 @@ class Method(Enum):
     """8-bit weights as bitsandbytes' LLM.int8() stores them; reads no text (Dettmers et al.,
     2022)."""
 
+    QOQ = "qoq"
+    """4-bit weights that become int8 by integer arithmetic, and 8-bit activations (Lin et al.,
+    2024)."""
+
+    HQQ = "hqq"
+    """Ranges that a few outliers do not widen, found without looking at any text (Badri & Shaji,
+    2023)."""
+
     RTN = "rtn"
     """Round to nearest, without looking at any text, stored as AWQ: the baseline."""
 
 
 BITS = {method: (4,) for method in Method} | {
     Method.GPTQ: (4, 3, 2, 8),
+    Method.HQQ: (4, 3, 2, 8),
     Method.INT8: (8,),
     Method.SMOOTHQUANT: (8,),
     Method.FLOAT8: (8,),

@@ -101,7 +101,9 @@ class _Run:
             dtype=decoder.architecture.dtype,
         )
         self._length = 1
-        self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(block, plan)
+        self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
+            block, plan, profile.choose_grid
+        )
 
     def prepare(self) -> Calibration | None:
         """Gather the calibration windows, unless the method reads none."""

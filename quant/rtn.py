@@ -1,6 +1,7 @@
-"""Round to nearest: each group spans its weights, nothing is searched, no text is read.
+"""Round to nearest, on a grid that the weights alone choose: no text is read.
 
-The baseline that every other method has to beat, and the shortest of them.
+With groups that span their weights it is the baseline that every other method has to beat, and the
+shortest of them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import torch
 from qserve.quant.block_result import BlockResult
 from qserve.quant.decoder import Block
 from qserve.quant.formats.layer_format import QuantizedWeight
-from qserve.quant.grid import Rounded, grid_over_all, nearest_levels
+from qserve.quant.grid import ChooseGrid, Rounded, grid_over_all, nearest_levels
 from qserve.quant.options import Rounding
 from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport
 
 
-def quantize_block(block: Block, plan: Plan) -> BlockResult:
+def quantize_block(
+    block: Block, plan: Plan, choose_grid: ChooseGrid = grid_over_all
+) -> BlockResult:
     """Codes for every linear layer of the plan in a block."""
     weights: dict[str, QuantizedWeight] = {}
     layers = []
@@ -27,7 +30,7 @@ def quantize_block(block: Block, plan: Plan) -> BlockResult:
         for name in stage.linears:
             weight = block.linear(name).weight.detach()
             groups = weight.unflatten(1, (-1, spec.group_size))
-            grid = grid_over_all(groups, spec.levels).settled()
+            grid = choose_grid(groups, spec.levels).settled()
             rounded = Rounded(nearest_levels(groups, grid), grid)
             weights[name] = rounded.pack()
             energy = weight.square().sum(dtype=torch.float64)

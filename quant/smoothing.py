@@ -36,11 +36,13 @@ class SmoothSearch:
         self,
         weight: torch.Tensor,
         inputs: torch.Tensor,
+        group_size: int,
         levels: LevelSet,
         sharing: HeadSharing | None,
     ) -> None:
         self._weight = weight[:: -(-len(weight) // NUM_ROWS)].contiguous()
         self._inputs = inputs
+        self._group_size = group_size
         self._levels = levels
         self._sharing = sharing
         self._expected = inputs @ self._weight.T
@@ -62,8 +64,8 @@ class SmoothSearch:
 
     def _error(self, scale: torch.Tensor) -> float:
         rows = self._weight * scale
-        groups = rows[:, None]
-        difference = rounding_difference(groups, grid_over_all(groups, self._levels))
-        rounded = rows + difference[:, 0]
+        groups = rows.unflatten(1, (-1, self._group_size))
+        grid = grid_over_all(groups, self._levels).settled()
+        rounded = rows + rounding_difference(groups, grid).flatten(1)
         found = round_activations(self._inputs / scale, Activations.INT8_TOKEN) @ rounded.T
         return float((found - self._expected).square().sum())

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qserve.kernels.activations import Activations
+from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.decoder import Decoder
 from qserve.quant.formats.checkpoint import Checkpoint
@@ -24,6 +25,9 @@ CHECKPOINTS = {
     Method.AWQ: "awq",
     Method.RTN: "awq",
     Method.GPTQ: "gptq",
+    Method.INT4: "compressed-tensors",
+    Method.QOQ: "qoq",
+    Method.HQQ: "awq",
     Method.INT8: "compressed-tensors",
     Method.SMOOTHQUANT: "compressed-tensors",
     Method.FLOAT8: "compressed-tensors",
@@ -35,6 +39,7 @@ CHECKPOINTS = {
 """What the written checkpoint calls itself."""
 
 ACTIVATIONS = {
+    Method.QOQ: Activations.INT8_TOKEN,
     Method.SMOOTHQUANT: Activations.INT8_TOKEN,
     Method.FLOAT8: Activations.FLOAT8_TOKEN,
 }
@@ -73,7 +78,33 @@ def test_a_method_writes_its_format_and_keeps_the_weights(
     assert float(error) < WORST.get(method, 0.3)
 
 
-@pytest.mark.parametrize("method", [Method.GPTQ, Method.NF4, Method.SMOOTHQUANT])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_hqq_of_other_widths_is_stored_with_its_zero_points(
+    bits: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    quantize(Checkpoint(tiny_llama), tmp_path, options_for(Method.HQQ, bits=bits), lambda _: None)
+    written = Checkpoint(tmp_path)
+    weight = written.linear(LAYER)
+    assert written.method == "compressed-tensors"
+    assert isinstance(weight, GroupedWeight)
+    assert weight.bits == bits and not weight.is_symmetric
+
+
+def test_qoq_weights_are_int8_after_whole_number_arithmetic(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    quantize(Checkpoint(tiny_llama), tmp_path, options_for(Method.QOQ), lambda _: None)
+    weight = Checkpoint(tmp_path).linear(LAYER)
+    assert isinstance(weight, GroupedWeight) and weight.channel_scales is not None
+    assert torch.equal(weight.scales, weight.scales.round())
+    spread = weight.scales.repeat_interleave(weight.group_size, 1)
+    zeros = weight.zero_points.repeat_interleave(weight.group_size, 1)
+    codes = (weight.codes.float() - zeros) * spread
+    assert 100 < float(codes.abs().max()) <= 127
+    torch.testing.assert_close(weight.dequantize(), codes * weight.channel_scales[:, None])
+
+
+@pytest.mark.parametrize("method", [Method.GPTQ, Method.NF4, Method.SMOOTHQUANT, Method.QOQ])
 def test_later_layers_were_calibrated_on_what_is_written(
     method: Method, tiny_llama: Path, tmp_path: Path
 ) -> None:
