@@ -89,6 +89,14 @@ def method_flag(name: str, text: str) -> Callable[[Callable[..., None]], Callabl
     help="Tokens of a window.",
 )
 @click.option(
+    "--override",
+    "overrides",
+    multiple=True,
+    metavar="REGEX=bits:8,group:32",
+    help="Another width or group size for layers whose name matches; REGEX=16 leaves them in 16 "
+    "bits. May be repeated, the later counts.",
+)
+@click.option(
     "--ignore",
     multiple=True,
     metavar="REGEX",
@@ -141,6 +149,8 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
     plan = make_plan(decoder, options)
     if options.group_size is None:
         say(f"{_groups(plan.group_size)}: the coarsest that the method has and every layer fits")
+    for note in plan.notes:
+        say(note)
     protect = [source.folder, *(path for path in read if path.exists())]
     with (
         publish(output, force, protect=protect) as folder,
@@ -157,6 +167,7 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
 def _read_options(choices: dict[str, Any]) -> QuantizeOptions:
     from qserve.quant.formats.registry import OutputFormat
     from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, Rounding
+    from qserve.quant.overrides import parse_override
 
     named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
     calibration = choices["calibration"]
@@ -169,6 +180,7 @@ def _read_options(choices: dict[str, Any]) -> QuantizeOptions:
         calibration=named.get(calibration) or Path(calibration),
         num_samples=choices["samples"],
         seq_len=choices["seq_len"],
+        overrides=tuple(map(parse_override, choices["overrides"])),
         ignore=choices["ignore"],
         seed=choices["seed"],
     )
@@ -201,12 +213,14 @@ def summarize(report: QuantizationReport, output: Path) -> dict[str, Any]:
 def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
     sizes = report.sizes
     ratio = sizes.source_bytes / sizes.quantized_bytes
+    num_differing = sum(bool(layer.reason) for layer in report.layers)
+    differing = f"; {num_differing} by a choice of their own" if num_differing else ""
     rows = [
         ("written to", summary["output"]),
         ("size before", format_bytes(sizes.source_bytes)),
         ("size after", f"{format_bytes(sizes.quantized_bytes)} ({ratio:.2f} times smaller)"),
         ("bits per weight, quantized layers", f"{sizes.bits_per_weight:.3f}"),
-        ("quantized layers", f"{len(report.layers)}, {_groups(report.group_size)}"),
+        ("quantized layers", f"{len(report.layers)}, {_groups(report.group_size)}{differing}"),
         ("layers left in 16 bits", len(report.skipped)),
         ("time", format_seconds(report.seconds)),
         ("peak memory", format_bytes(report.peak_memory_bytes)),

@@ -31,10 +31,11 @@ from qserve.quant.grid import grid_over_all, rounding_difference
 from qserve.quant.methods import Profile, Transform
 from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.options import Rounding
-from qserve.quant.plan import Plan, StageSpec
+from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport, ScaleReport
 from qserve.quant.scaling import ScaleChoice, ScaleSearch
 from qserve.quant.smoothing import SmoothSearch
+from qserve.quant.target import StageSpec
 
 NUM_TRANSFORM_WINDOWS = 8
 """Windows, of those given, that choose the scales: two exponents need little data."""
@@ -166,6 +167,7 @@ class CalibratedQuantizer:
                     out_features=linear.out_features,
                     bits=levels.bits,
                     group_size=group_size,
+                    reason=spec.reason,
                     rounded_error=float(baseline[rows].sum()) / energy,
                     error=float(errors[rows].sum()) / energy,
                     clipped_share=float(clipped[rows].float().mean()),

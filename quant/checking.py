@@ -19,6 +19,7 @@ from qserve.quant.formats.checkpoint import (
     Checkpoint,
     read_weight_map,
 )
+from qserve.quant.formats.fused_sets import FUSED_SETS
 from qserve.quant.formats.gptq import GptqFormat
 from qserve.quant.gptq_checks import check_group_index, check_zero_points
 
@@ -29,7 +30,6 @@ LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0*
 """What takes the place of a scale of zero: the smallest of its type that readers keep."""
 
 COMPUTED = ".rotary_emb.inv_freq"
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SCALES = (".scales", ".weight_scale", ".weight_scale_inv", ".SCB", ".weight.absmax")
 
 Check = Callable[[Checkpoint], Iterator[Finding]]
@@ -169,7 +169,7 @@ def check_fused_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Layers that engines run as one and that therefore must be packed alike."""
     for module in checkpoint.modules:
         parent, _, last = module.rpartition(".")
-        members = next((names for names in FUSED if names[0] == last), ())
+        members = next((names for names in FUSED_SETS.values() if names[0] == last), ())
         schemes = {}
         for member in members:
             name = f"{parent}.{member}"

@@ -10,7 +10,6 @@ import torch
 from qserve.kernels.activations import MAX_FLOAT8, Activations
 from qserve.quant.formats.bitsandbytes import CODEBOOKS
 from qserve.quant.formats.registry import OutputFormat
-from qserve.quant.formats.writer import LayerScheme
 from qserve.quant.grid import ChooseGrid, LevelSet, Zero, grid_over_all
 from qserve.quant.half_quadratic import solve_grid
 from qserve.quant.options import GROUP_SIZES, Method, QuantizeOptions, Rounding
@@ -51,19 +50,6 @@ class Profile:
     rounding: Rounding = Rounding.FEEDBACK
     activations: Activations | None = None
     choose_grid: ChooseGrid = grid_over_all
-
-    def scheme(self, out_features: int, in_features: int, group_size: int) -> LayerScheme:
-        """How a layer of this shape is coded."""
-        return LayerScheme(
-            out_features,
-            in_features,
-            self.levels.coding,
-            self.levels.bits,
-            in_features if group_size == WHOLE_ROW else group_size,
-            symmetric=self.levels.is_symmetric,
-            nested=self.levels.nested,
-            outer_scales=self.levels.progressive,
-        )
 
 
 def profile_of(options: QuantizeOptions) -> Profile:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.registry import OutputFormat
+from qserve.quant.overrides import FLOAT_BITS, Override
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that every reader of the AWQ format takes, coarsest first."""
@@ -109,6 +109,8 @@ class QuantizeOptions:
     rounding: of the methods that read text.
     calibration: a UTF-8 text file, or one of the sources that need no file. RTN reads none.
     num_samples, seq_len: calibration windows and their length in tokens.
+    overrides: what single layers get instead of ``bits`` and ``group_size``; layers that serving
+        engines run as one get the same, and of two settings for a layer the later counts.
     ignore: regular expressions; a linear layer stays in 16 bits when one is found in its full name
         (``model.layers.0.mlp.down_proj``), together with the layers that serving engines fuse
         it with.
@@ -126,6 +128,7 @@ class QuantizeOptions:
     calibration: Path | CalibrationSource = CalibrationSource.BUILT_IN
     num_samples: int = 32
     seq_len: int = 512
+    overrides: tuple[Override, ...] = ()
     ignore: tuple[str, ...] = ()
     seed: int = 0
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -140,12 +143,12 @@ class QuantizeOptions:
         if self.seq_len < 2:
             raise OptionError(f"seq_len {self.seq_len}: expected at least 2 tokens")
         for pattern in self.ignore:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise OptionError(
-                    f"ignore {pattern!r} is not a regular expression ({error})"
-                ) from None
+            Override(pattern, FLOAT_BITS)
+
+    @property
+    def all_overrides(self) -> tuple[Override, ...]:
+        """The overrides, and 16 bits for what is ignored."""
+        return (*self.overrides, *(Override(pattern, FLOAT_BITS) for pattern in self.ignore))
 
     @property
     def code_bits(self) -> int:

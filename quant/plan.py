@@ -1,19 +1,17 @@
-"""Which linear layers are quantized, in groups of what size, and why the others are not."""
+"""Which linear layers are quantized, with what width and groups, and why the others are not."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qserve.quant.architecture import Stage
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import OptionError
-from qserve.quant.formats.registry import make_writer
-from qserve.quant.formats.writer import Writer
-from qserve.quant.grid import LevelSet
-from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
+from qserve.quant.methods import WHOLE_ROW
 from qserve.quant.options import QuantizeOptions
+from qserve.quant.overrides import FLOAT_BITS, Overrides, Wish
+from qserve.quant.target import StageSpec, Target, divides
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,28 +23,19 @@ class SkippedLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class StageSpec:
-    """How the layers of a stage are coded.
-
-    group_size: inputs that share a scale; as many as there are for one scale a row.
-    """
-
-    levels: LevelSet
-    group_size: int
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What is done to each linear layer of the blocks.
 
     group_size: of the layers for which nothing else is said, -1 for one scale a row.
     specs: of every quantized stage, by the index of its block and its name.
     skipped: the other linear layers of the blocks, in the order of the model.
+    notes: what a person who asked for something else than the whole should know.
     """
 
     group_size: int
     specs: Mapping[tuple[int, str], StageSpec]
     skipped: tuple[SkippedLayer, ...]
+    notes: tuple[str, ...] = ()
 
     def spec(self, block: Block, stage: Stage) -> StageSpec | None:
         """How the layers of this stage are coded; None when they stay in 16 bits."""
@@ -61,87 +50,120 @@ class Plan:
 def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
     """The plan for a model.
 
-    The layers of a stage stay together: serving engines run them as one and need one format. A
-    layer is left in 16 bits when it is ignored or when the format cannot hold its shape.
+    The layers of a stage stay together: serving engines run them as one and need one format, so
+    what is asked for one of them is done to all. A layer is left in 16 bits when that is asked for,
+    or when the format cannot hold its shape.
     Raises ``OptionError`` for a group size that does not divide the inputs of a layer, for an
-    ``ignore`` that matches nothing, and when nothing is left to quantize.
+    override that the format cannot hold, for a pattern that matches nothing, and when nothing is
+    left to quantize.
     """
-    block, profile = decoder.skeleton, profile_of(options)
-    writer = make_writer(profile.output, "", activations=profile.activations)
-    patterns = [re.compile(pattern) for pattern in options.ignore]
-    used: set[re.Pattern[str]] = set()
+    block, target = decoder.skeleton, Target(options)
+    overrides = Overrides(options.all_overrides)
     skipped: list[SkippedLayer] = []
-    included: list[tuple[int, Stage]] = []
+    wishes: dict[tuple[int, str], tuple[Stage, Wish]] = {}
+    notes: dict[str, None] = {}
     for index in range(decoder.num_blocks):
         for stage in block.stages:
-            names = {name: f"model.layers.{index}.{name}" for name in stage.linears}
-            matches = {n: p for n, full in names.items() for p in patterns if p.search(full)}
-            used.update(p for full in names.values() for p in patterns if p.search(full))
-            reasons = {n: f"matches {p.pattern!r}" for n, p in matches.items()}
-            reasons = reasons or _misfits(block, stage, profile, writer)
-            if not reasons:
-                included.append((index, stage))
-            skipped += [
-                SkippedLayer(full, reasons.get(name) or _follows(reasons))
-                for name, full in names.items()
-                if reasons
-            ]
-    for pattern in patterns:
-        if pattern not in used:
-            raise OptionError(
-                f"ignore {pattern.pattern!r} matches no linear layer: names look like "
-                f"{block.full_name(block.stages[0].linears[0])}"
-            )
-    if not included:
+            wish = overrides.wish([block_name(index, name) for name in stage.linears])
+            left = _left_out(index, block, stage, wish, target)
+            skipped += left
+            if not left:
+                wishes[index, stage.name] = stage, wish
+            notes |= dict.fromkeys(_notes(stage, wish))
+    if overrides.unused:
+        raise OptionError(
+            f"{overrides.unused[0]!r} matches no linear layer: names look like "
+            f"{block.full_name(block.stages[0].linears[0])}"
+        )
+    if not wishes:
         raise OptionError(
             f"no linear layer is left to quantize: {skipped[0].name}: {skipped[0].reason}"
         )
-    widths = {name: block.linear(name).in_features for _, s in included for name in s.linears}
-    group_size = _group_size(options.group_size, widths, profile.group_sizes)
+    group_size = _group_size(options.group_size, block, list(wishes.values()), target)
     specs = {
-        (index, stage.name): StageSpec(
-            profile.levels, widths[stage.linears[0]] if group_size == WHOLE_ROW else group_size
-        )
-        for index, stage in included
+        key: _spec(block, stage, wish, group_size, target) for key, (stage, wish) in wishes.items()
     }
-    return Plan(group_size, specs, tuple(skipped))
+    plan = Plan(group_size, specs, tuple(skipped), tuple(notes))
+    _check_mixture(plan, block, target)
+    return plan
 
 
-def _misfits(block: Block, stage: Stage, profile: Profile, writer: Writer) -> dict[str, str]:
-    """The layers of a stage that the format cannot hold in any group size, with the reason."""
-    reasons = {}
+def block_name(index: int, name: str) -> str:
+    """The full name of a module inside block ``index``."""
+    return f"model.layers.{index}.{name}"
+
+
+def _left_out(
+    index: int, block: Block, stage: Stage, wish: Wish, target: Target
+) -> list[SkippedLayer]:
+    """The layers of a stage, when they stay in 16 bits, each with its reason."""
+    if wish.bits == FLOAT_BITS:
+        reasons = {name: f"matches {pattern!r}" for name, pattern in wish.named.items()}
+    else:
+        misfits = {name: target.misfit(block.linear(name)) for name in stage.linears}
+        reasons = {block_name(index, name): why for name, why in misfits.items() if why is not None}
+    if not reasons:
+        return []
+    short = ", ".join(name.split(".", 3)[-1] for name in reasons)
+    follows = f"runs fused with {short}, which stays in 16 bits"
+    names = [block_name(index, name) for name in stage.linears]
+    return [SkippedLayer(name, reasons.get(name, follows)) for name in names]
+
+
+def _notes(stage: Stage, wish: Wish) -> list[str]:
+    """What is done to layers that nobody named, because they run as one with some that were."""
+    named = {name.split(".", 3)[-1] for name in wish.named}
+    others = [name for name in stage.linears if name not in named]
+    if not named or not others:
+        return []
+    what = "stay in 16 bits" if wish.bits == FLOAT_BITS else "are coded"
+    return [f"{', '.join(others)} {what} like {', '.join(sorted(named))}: engines run them as one"]
+
+
+def _spec(block: Block, stage: Stage, wish: Wish, group_size: int, target: Target) -> StageSpec:
+    """What a wish comes to. Raises ``OptionError`` when the format cannot hold it."""
+    size = group_size if wish.group_size is None else wish.group_size
     for name in stage.linears:
         layer = block.linear(name)
-        shape = (layer.out_features, layer.in_features)
-        fitting = [size for size in profile.group_sizes if _divides(size, layer.in_features)]
-        refusals = [writer.refusal(profile.scheme(*shape, size)) for size in fitting]
-        if not fitting:
-            reasons[name] = (
-                f"{layer.in_features} inputs, the format needs a multiple of "
-                f"{min(profile.group_sizes)}"
+        spec = target.spec(layer, wish.bits or target.levels.bits, size)
+        refusal = target.refusal(layer, spec)
+        if refusal is not None:
+            raise OptionError(f"{name} ({wish.reason}): {refusal}")
+    return replace(spec, reason=wish.reason)
+
+
+def _check_mixture(plan: Plan, block: Block, target: Target) -> None:
+    """Raise ``OptionError`` when the format cannot hold the layers of a plan side by side."""
+    linears = {stage.name: stage.linears for stage in block.stages}
+    schemes = {
+        block_name(index, name): spec.scheme(block.linear(name))
+        for (index, stage), spec in plan.specs.items()
+        for name in linears[stage]
+    }
+    refusal = target.refuse_mixture(schemes, [layer.name for layer in plan.skipped])
+    if refusal is not None:
+        raise OptionError(f"{refusal}: override with 16 bits alone, or choose another format")
+
+
+def _group_size(
+    asked: int | None, block: Block, wishes: Sequence[tuple[Stage, Wish]], target: Target
+) -> int:
+    """The group size of the layers that wish for none: one that the method has."""
+    sizes = target.group_sizes
+    for size in [asked, *(wish.group_size for _, wish in wishes)]:
+        if size is not None and size not in sizes:
+            raise OptionError(
+                f"group size {size}: this method takes {_listed(sizes)}, which every engine reads"
             )
-        elif refusals[-1] is not None:
-            reasons[name] = refusals[-1]
-    return reasons
-
-
-def _divides(group_size: int, width: int) -> bool:
-    return group_size == WHOLE_ROW or width % group_size == 0
-
-
-def _follows(reasons: dict[str, str]) -> str:
-    return f"runs fused with {', '.join(reasons)}, which stays in 16 bits"
-
-
-def _group_size(asked: int | None, widths: dict[str, int], sizes: tuple[int, ...]) -> int:
-    """The group size for layers with these numbers of inputs: one of ``sizes``."""
-    fitting = [size for size in sizes if all(_divides(size, w) for w in widths.values())]
+    widths = {
+        name: block.linear(name).in_features
+        for stage, wish in wishes
+        if wish.group_size is None
+        for name in stage.linears
+    }
+    fitting = [size for size in sizes if all(divides(size, w) for w in widths.values())]
     if asked is None:
         return fitting[0]
-    if asked not in sizes:
-        raise OptionError(
-            f"group size {asked}: this method takes {_listed(sizes)}, which every engine reads"
-        )
     if asked not in fitting:
         misfits = [f"{name} ({width})" for name, width in widths.items() if width % asked]
         raise OptionError(

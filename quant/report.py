@@ -36,6 +36,7 @@ class LayerReport:
         weights.
     clipped_share: share of the weights that lie beyond the range of their group.
     scale: None where none was searched.
+    reason: why its bits or groups differ from the others'; '' when they do not.
     rounding: ``nearest`` or ``feedback``; too little text for a wide layer leaves it at nearest.
     """
 
@@ -44,6 +45,7 @@ class LayerReport:
     out_features: int
     bits: int
     group_size: int
+    reason: str
     rounded_error: float
     error: float
     clipped_share: float

@@ -43,6 +43,7 @@ def quantize_block(
                     out_features=weight.shape[0],
                     bits=spec.levels.bits,
                     group_size=spec.group_size,
+                    reason=spec.reason,
                     rounded_error=error,
                     error=error,
                     clipped_share=0.0,

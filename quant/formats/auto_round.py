@@ -14,7 +14,8 @@ from typing import Any
 
 from qserve.quant.errors import UnsupportedModelError
 from qserve.quant.formats.awq import AwqFormat
-from qserve.quant.formats.gptq import READ_BITS, GptqFormat, Scheme, ZeroPoints
+from qserve.quant.formats.gptq import GptqFormat, ZeroPoints
+from qserve.quant.formats.gptq_dynamic import READ_BITS, Scheme
 from qserve.quant.formats.layer_format import read_bits, read_group_size, text_of
 
 NAME = "auto-round"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -28,6 +28,7 @@ from qserve.kernels.packing import WORD_BITS, pack_words, unpack_words
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.formats.channel_order import group_index, order_by_group
 from qserve.quant.formats.code_width import WIDTHS, widen
+from qserve.quant.formats.gptq_dynamic import READ_BITS, Scheme, read_rules, write_rules
 from qserve.quant.formats.layer_format import (
     FLOATS,
     HEAD,
@@ -51,7 +52,6 @@ from qserve.quant.formats.writer import (
     stated_group_sizes,
 )
 
-READ_BITS = (2, 3, 4, 5, 6, 7, 8)
 WRITTEN_BITS = (2, 3, 4, 8)
 MULTIPLE = 32  # AutoGPTQ and GPTQModel round inputs and outputs down to it
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
@@ -64,15 +64,6 @@ class ZeroPoints(Enum):
     PLAIN = "gptq_v2"
     LESS_ONE = "gptq"
     WORD_LESS_ONE = "gptq, one taken off each word with borrow"
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """How one layer is packed. symmetric: None when the configuration does not say."""
-
-    bits: int
-    group_size: int
-    symmetric: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +108,7 @@ class GptqFormat:
             zero_points=ZeroPoints.WORD_LESS_ONE if _borrows(block, plain) else plain,
             activation_order=bool(block.get("desc_act")),
             planar_bits=(3, 5, 6, 7) if version == "gptq_p" else (5, 6, 7),
-            overrides=_read_overrides(block.get("dynamic"), scheme),
+            overrides=read_rules(block.get("dynamic"), scheme),
         )
 
     def scheme_of(self, layer: str) -> Scheme:
@@ -252,10 +243,8 @@ class GptqWriter:
         sizes = stated_group_sizes(layers)
         schemes = {name: (one.bits, sizes[name]) for name, one in layers.items()}
         bits, group_size = Counter(schemes.values()).most_common(1)[0][0]
-        rules: dict[str, dict[str, int]] = {f"-:^{re.escape(name)}$": {} for name in ignored}
-        for name, own in schemes.items():
-            if own != (bits, group_size):
-                rules[f"+:^{re.escape(name)}$"] = {"bits": own[0], "group_size": own[1]}
+        others = {name: own for name, own in schemes.items() if own != (bits, group_size)}
+        rules = write_rules(others, ignored)
         version = "gptq_v2" if self.version_2 else "gptq"
         return {
             "quant_method": "gptq",
@@ -283,33 +272,6 @@ def _add_one_to_each_field(words: torch.Tensor, bits: int) -> torch.Tensor:
     ones = sum(1 << shift for shift in range(0, WORD_BITS, bits))
     total = (words.long() + ones) & 0xFFFFFFFF
     return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32)
-
-
-def _read_overrides(rules: object, scheme: Scheme) -> tuple[tuple[re.Pattern[str], Scheme], ...]:
-    """GPTQModel's ``dynamic``. A rule that leaves a layer out needs no scheme: it has no codes."""
-    if rules is None:
-        return ()
-    if not isinstance(rules, dict):
-        raise UnsupportedModelError(f"GPTQ dynamic {rules!r}: expected an object of patterns")
-    overrides = []
-    for key, changes in rules.items():
-        if key.startswith("-:"):
-            continue
-        try:
-            pattern = re.compile(key.removeprefix("+:"))
-        except re.error as error:
-            raise UnsupportedModelError(f"GPTQ dynamic {key!r} is no pattern: {error}") from None
-        if not isinstance(changes, dict):
-            raise UnsupportedModelError(f"GPTQ dynamic {key!r}: expected an object of settings")
-        symmetric = changes.get("sym", scheme.symmetric)
-        own = replace(
-            scheme,
-            bits=read_bits("GPTQ", changes.get("bits", scheme.bits), READ_BITS),
-            group_size=read_group_size("GPTQ", changes.get("group_size", scheme.group_size)),
-            symmetric=symmetric if isinstance(symmetric, bool) else None,
-        )
-        overrides.append((pattern, own))
-    return tuple(overrides)
 
 
 def _check_symmetric(layer: str, zero_points: torch.Tensor, bits: int) -> None:

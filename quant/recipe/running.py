@@ -11,6 +11,7 @@ from qserve.quant.evaluate import Evaluation, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import CalibrationSource, QuantizeOptions
 from qserve.quant.output import publish
+from qserve.quant.overrides import Override
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import Progress
 from qserve.quant.recipe.gates import check_gates
@@ -63,6 +64,9 @@ class Job:
             calibration=sources.get(calibration.text) or self.folder / calibration.text,
             num_samples=calibration.samples,
             seq_len=calibration.seq_len,
+            overrides=tuple(
+                Override(one.layers, one.bits, one.group_size) for one in section.overrides
+            ),
             ignore=section.ignore,
             seed=section.seed,
             max_shard_bytes=section.max_shard_size,

@@ -46,6 +46,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class OverrideSection(Section):
+    """What some layers get instead of the common settings."""
+
+    layers: str = Field(description="A regular expression, searched for in the full name.")
+    bits: int | None = Field(default=None, description="Width of a code; 16 leaves them alone.")
+    group_size: int | None = Field(default=None, description="Inputs that share a scale.")
+
+
 class QuantizeSection(Section):
     """How weights become codes. What is left out is what `qserve quantize` takes by default."""
 
@@ -55,6 +63,9 @@ class QuantizeSection(Section):
         default=None, description="Inputs that share a scale, -1 for a row; the coarsest that fits."
     )
     rounding: Rounding = Field(default=Rounding.FEEDBACK, description="How a code is picked.")
+    overrides: tuple[OverrideSection, ...] = Field(
+        default=(), description="Other settings for some layers; the later counts."
+    )
     ignore: tuple[str, ...] = Field(
         default=(), description="Regular expressions; layers whose name matches stay in 16 bits."
     )

@@ -97,6 +97,22 @@ def test_ignored_layers_stay_in_16_bits(
     assert isinstance(Checkpoint(out).linear(LAYER), torch.Tensor)
 
 
+def test_single_layers_get_what_an_override_says(
+    tiny_llama: Path, out: Path, qserve: Callable[..., Any]
+) -> None:
+    overrides = ("--override", "down=bits:8,group:32", "--override", "q_proj=16")
+    done = qserve(
+        *("quantize", tiny_llama, "--rtn", "--format", "compressed-tensors", "-o", out),
+        *overrides,
+    )
+    assert done.code == ExitCode.OK, done.err
+    assert "self_attn.k_proj, self_attn.v_proj stay in 16 bits like self_attn.q_proj" in done.err
+    assert "2 by a choice of their own" in " ".join(done.out.replace("│", " ").split())
+    weight = Checkpoint(out).linear(LAYER)
+    assert isinstance(weight, GroupedWeight)
+    assert (weight.bits, weight.group_size) == (8, 32)
+
+
 def test_force_replaces_an_older_result(
     tiny_llama: Path, out: Path, qserve: Callable[..., Any]
 ) -> None:
@@ -127,6 +143,13 @@ OPTIONS = {
     "regex": (("--ignore", "["), ExitCode.USAGE, r"'\[' is not a regular expression"),
     "regex matches nothing": (("--ignore", "conv"), ExitCode.USAGE, "'conv' matches no linear"),
     "regex matches all": (("--ignore", "proj"), ExitCode.USAGE, "no linear layer is left"),
+    "override": (("--override", "proj"), ExitCode.USAGE, "expected REGEX=bits:8,group:32"),
+    "override matches nothing": (("--override", "conv=16"), ExitCode.USAGE, "'conv' matches no"),
+    "override of another format": (
+        ("--override", "o_proj=8"),
+        ExitCode.USAGE,
+        r"self_attn.o_proj \(matches 'o_proj'\): AWQ gemm holds 4-bit codes",
+    ),
     "rounding": (("--rounding", "up"), ExitCode.USAGE, "'up' is not one of"),
     "unknown option": (("--ggml",), ExitCode.USAGE, "--ggml"),
     "two methods": (("--gptq", "--method", "awq"), ExitCode.USAGE, "contradict each other"),

@@ -97,6 +97,19 @@ def test_a_failed_gate_publishes_nothing_and_has_an_exit_code_of_its_own(
     assert json.loads((tmp_path / "reports/r.json").read_text())["published"] is False
 
 
+def test_a_recipe_may_treat_layers_differently(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    overrides = [{"layers": "mlp", "bits": 16}, {"layers": "gate", "group_size": 32}]
+    quantize = {"method": "rtn", "group_size": 32, "overrides": overrides}
+    assert qserve("run", write_recipe(quantize=quantize)).code == ExitCode.OK
+    checkpoint = Checkpoint(tmp_path / "out")
+    packed = {name for name in checkpoint.modules if checkpoint.describe(name) is not None}
+    assert {name.split(".")[-2] for name in packed} == {"self_attn"}
+    lock = json.loads((tmp_path / "out/recipe.lock").read_text())
+    assert lock["recipe"]["quantize"]["overrides"][1]["group_size"] == 32
+
+
 def test_an_error_is_in_the_junit_report_too(
     write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
 ) -> None:

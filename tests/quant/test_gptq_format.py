@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.formats import auto_round, gptq
 from qserve.quant.formats.awq import AwqFormat
-from qserve.quant.formats.gptq import GptqFormat, GptqWriter, Scheme, ZeroPoints
+from qserve.quant.formats.gptq import GptqFormat, GptqWriter, ZeroPoints
+from qserve.quant.formats.gptq_dynamic import Scheme
 from qserve.quant.formats.layer_format import PackedLayer, in_memory
 from qserve.quant.formats.writer import Coding, LayerScheme, scheme_of
 
@@ -205,6 +207,21 @@ def test_layers_may_differ_by_rule() -> None:
     reader = GptqFormat.from_config(written)
     assert (reader.scheme_of("a.b").bits, reader.scheme_of("a.c").bits) == (8, 4)
     assert reader.scheme_of("a.b.c").bits == 4
+
+
+def test_rules_for_layers_that_vllm_runs_as_one_match_the_name_it_gives_them() -> None:
+    common = LayerScheme(64, 96, Coding.INTEGER, 4, 32)
+    wide = replace(common, bits=8)
+    names = [f"model.layers.{i}.mlp.{part}_proj" for i in (0, 1, 12) for part in ("gate", "up")]
+    schemes = dict.fromkeys(names, wide) | {"model.layers.1.self_attn.k_proj": wide}
+    schemes |= {f"model.layers.{i}.mlp.down_proj": common for i in range(20)}
+    left = [f"model.layers.3.self_attn.{part}_proj" for part in "qkv"]
+    rules = GptqWriter("test").config_block(schemes, left)["dynamic"]
+    assert list(rules) == [
+        r"-:^model\.layers\.3\.self_attn\.(?:q_proj|k_proj|v_proj|qkv_proj)$",
+        r"+:^model\.layers\.(?:0|1|12)\.mlp\.(?:gate_proj|up_proj|gate_up_proj)$",
+        r"+:^model\.layers\.1\.self_attn\.k_proj$",  # alone, so no engine fuses it
+    ]
 
 
 def test_autoround_names_layers_with_their_own_scheme() -> None:

@@ -13,7 +13,8 @@ from qserve.quant.errors import OptionError
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.grid import LevelSet
 from qserve.quant.options import Method, QuantizeOptions
-from qserve.quant.plan import Plan, StageSpec, make_plan
+from qserve.quant.plan import Plan, make_plan
+from qserve.quant.target import StageSpec
 
 MakeLlama = Callable[..., Path]
 

@@ -69,6 +69,8 @@ def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
         ("quantize: awq", "r.yaml:3: quantize: got 'awq'"),
         ("quantize: {ignore: lm_head}", "quantize.ignore: got 'lm_head'"),
         ("quantize: {ignore: [1]}", "r.yaml:3: quantize.ignore.0: got 1"),
+        ("quantize: {overrides: [{bits: 8}]}", "overrides.0.layers: missing: a regular expression"),
+        ("quantize: {overrides: [{layers: a, bit: 8}]}", "unknown key, did you mean 'bits'?"),
         ("quantize: {rounding: up}", "quantize.rounding: got 'up'"),
         ("quantize: {max_shard_size: big}", "'big' is no size"),
         ("quantize: {max_shard_size: 0}", "quantize.max_shard_size: got 0"),

@@ -1,0 +1,14 @@
+"""The linear layers that serving engines run as one, which therefore must be packed alike."""
+
+from __future__ import annotations
+
+FUSED_SETS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Last parts of names: vLLM's for the whole, and those of the layers that it is made of."""
+
+
+def fused_name(last: str) -> str | None:
+    """The last part of the name of the layer that this one is run in; None when it runs alone."""
+    return next((whole for whole, members in FUSED_SETS.items() if last in members), None)
