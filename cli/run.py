@@ -13,6 +13,7 @@ from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, progress, say
 from qserve.cli.errors import ExitCode
 from qserve.cli.quantities import format_seconds
+from qserve.cli.resumption import telling_what_is_kept
 from qserve.cli.termination import terminated_like_interrupted
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ PERCENT = 100
 @click.option("--model", help="Take this model instead of the recipe's.")
 @click.option("-o", "--output", help="Write to this folder instead of the recipe's.")
 @click.option("--force", is_flag=True, help="Replace a model folder that is already there.")
+@click.option("--restart", is_flag=True, help="Begin anew instead of going on with a stopped run.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def command(
@@ -35,6 +37,7 @@ def command(
     model: str | None,
     output: str | None,
     force: bool,
+    restart: bool,
     threads: int | None,
     as_json: bool,
 ) -> int:
@@ -48,7 +51,7 @@ def command(
     job = _read_job(recipe, model, output, force)
     try:
         with terminated_like_interrupted():
-            report = _run(job, threads)
+            report = _run(job, threads, restart)
     except QuantError as error:
         _write(job, job.recipe.reports.junit, render_junit_error(job.name, str(error)))
         raise
@@ -77,18 +80,23 @@ def _read_job(recipe: Path, model: str | None, output: str | None, force: bool) 
     return Job(loaded.model_copy(update=changes), recipe.stem, recipe.absolute().parent)
 
 
-def _run(job: Job, threads: int | None) -> RecipeReport:
+def _run(job: Job, threads: int | None, restart: bool) -> RecipeReport:
     import torch
 
     from qserve.quant.output import check_output
     from qserve.quant.recipe.running import run_job
+    from qserve.quant.run_state import run_key
     from qserve.quant.source import resolve_model
 
     if threads:
         torch.set_num_threads(threads)
     check_output(job.output, job.recipe.output.overwrite)
     source = resolve_model(job.model, cache=cache_folder(os.environ), notice=say)
-    with progress(job.name, PERCENT) as advance:
+    key = run_key(source, job.options())
+    with (
+        telling_what_is_kept(job.output, key, restart),
+        progress(job.name, PERCENT) as advance,
+    ):
         return run_job(
             job,
             source,
@@ -96,6 +104,7 @@ def _run(job: Job, threads: int | None) -> RecipeReport:
                 PERCENT * step.done // step.total,
                 f"{step.phase.value}, {format_seconds(step.seconds_left)} left",
             ),
+            restart,
         )
 
 

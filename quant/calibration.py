@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from qserve.quant.calibration_text import texts
 from qserve.quant.decoder import Decoder
 from qserve.quant.errors import CalibrationError
 from qserve.quant.options import CalibrationSource, QuantizeOptions
+from qserve.quant.report import CalibrationReport
 from qserve.quant.silence import silenced
 from qserve.quant.windows import read_text, spread_windows, tokenize
 
@@ -23,18 +24,28 @@ SEQUENCES_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Windows of tokens and where they come from.
+    """Windows of tokens, ``[num_windows, seq_len]``, and where they come from.
 
-    token_ids: ``[num_windows, seq_len]``.
-    source: the file's name, ``built-in`` or ``self``.
-    sha256: of the UTF-8 text; of the token ids (int64, little-endian) for self-generated windows.
-    num_text_tokens: tokens of the whole text the windows are taken from.
+    mask: bool, of the same shape; only the tokens that it holds count, the others are context.
     """
 
     token_ids: torch.Tensor
-    source: str
-    sha256: str
-    num_text_tokens: int
+    mask: torch.Tensor
+    report: CalibrationReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {
+            "token_ids": self.token_ids.tolist(),
+            "mask": self.mask.tolist(),
+            "report": asdict(self.report),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        """What ``to_dict`` gave."""
+        token_ids, mask = torch.tensor(values["token_ids"]), torch.tensor(values["mask"])
+        return cls(token_ids, mask, CalibrationReport(**values["report"]))
 
 
 def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibration:
@@ -57,7 +68,8 @@ def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibratio
         name, text = options.calibration.value, "\n\n".join(texts())
     ids = tokenize(decoder.checkpoint.folder, text)
     windows = spread_windows(ids, options.num_samples, options.seq_len)
-    return Calibration(windows, name, hashlib.sha256(text.encode()).hexdigest(), len(ids))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return _calibration(windows, options, name, digest, len(ids))
 
 
 def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
@@ -88,4 +100,20 @@ def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
         ]
     token_ids = torch.cat(batches)
     digest = hashlib.sha256(token_ids.numpy().astype("<i8").tobytes()).hexdigest()
-    return Calibration(token_ids, CalibrationSource.SELF.value, digest, token_ids.numel())
+    name = CalibrationSource.SELF.value
+    return _calibration(token_ids, options, name, digest, token_ids.numel())
+
+
+def _calibration(
+    windows: torch.Tensor, options: QuantizeOptions, source: str, sha256: str, num_tokens: int
+) -> Calibration:
+    """Windows in which every token counts."""
+    report = CalibrationReport(
+        source=source,
+        sha256=sha256,
+        num_text_tokens=num_tokens,
+        num_windows=len(windows),
+        num_windows_asked=options.num_samples,
+        seq_len=options.seq_len,
+    )
+    return Calibration(windows, torch.ones_like(windows, dtype=torch.bool), report)

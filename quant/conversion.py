@@ -119,19 +119,19 @@ class Conversion:
 
     def write(self, out: Path, report: ConversionReport, advance: Advance) -> None:
         """Write the checkpoint into the existing, empty folder ``out``. report: of ``measure``."""
-        files = ShardWriter(out, DEFAULT_SHARD_BYTES)
         packed = {name: number for number, name in enumerate(self._packed, 1)}
         keys = () if self._checkpoint.format is None else self._checkpoint.format.keys
-        for module, ends in self._checkpoint.modules.items():
-            if module in packed:
-                for key, tensor in self._convert(module)[0].items():
-                    files.add(f"{module}.{key}", tensor)
-                advance(packed[module])
-            for end in ends:
-                if module not in packed or end not in keys:
-                    name = f"{module}.{end}".lstrip(".")
-                    files.add(name, self._as_stored(self._checkpoint.tensor(name)))
-        files.finish()
+        with ShardWriter(out, DEFAULT_SHARD_BYTES) as files:
+            for module, ends in self._checkpoint.modules.items():
+                if module in packed:
+                    for key, tensor in self._convert(module)[0].items():
+                        files.add(f"{module}.{key}", tensor)
+                    advance(packed[module])
+                for end in ends:
+                    if module not in packed or end not in keys:
+                        name = f"{module}.{end}".lstrip(".")
+                        files.add(name, self._as_stored(self._checkpoint.tensor(name)))
+            files.finish()
         block = self._config_block({layer.name: layer.scheme for layer in report.layers})
         side_file = None if self._writer is None else self._writer.side_file
         dtype = self._dtype

@@ -27,6 +27,7 @@ from qserve.quant.architecture import (
 )
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.storage import in_pieces
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -288,9 +289,12 @@ class Decoder:
 
 
 def checked(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
-    """The tensor in float32. Raises ``CheckpointError`` for a wrong shape, infinity or NaN."""
+    """A copy of the tensor in float32: what is read may be the mapped file itself.
+
+    Raises ``CheckpointError`` for a wrong shape, infinity or NaN.
+    """
     check(value, name, shape)
-    return value.float()
+    return value.to(torch.float32, copy=True)
 
 
 def check(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> None:
@@ -300,7 +304,7 @@ def check(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> None
             f"{name} has shape {tuple(value.shape)}, config.json implies {shape}: "
             "they are of different models"
         )
-    if not bool(torch.isfinite(value).all()):
+    if not all(bool(torch.isfinite(piece).all()) for piece in in_pieces(value)):
         raise CheckpointError(
             f"{name} holds infinite or NaN values: the checkpoint is damaged, fetch it again"
         )

@@ -10,14 +10,16 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qserve.quant.errors import OutputError
+from qserve.quant.errors import OutputError, QuantError
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
+RESULT, WORK = "result", "work"
 TOKEN_BYTES = 4
 
 # What the system answers when a file cannot grow or be made; anything else is not about the output.
@@ -37,6 +39,22 @@ CANNOT_WRITE = {
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A result that is being made. Both folders are hidden beside the place where it will be.
+
+    result: becomes the output. work: what a killed run had finished, empty at first; what is
+    written there is there again when the same run is begun anew.
+    """
+
+    result: Path
+    work: Path
+
+
+class Discarded(Exception):
+    """Leaves the block of ``publish`` or ``publish_resumable`` without a result."""
+
+
 @contextmanager
 def publish(out: Path, force: bool = False, *, protect: Sequence[Path] = ()) -> Iterator[Path]:
     """A hidden folder beside ``out`` to write to, which becomes ``out`` when the block succeeds.
@@ -50,23 +68,77 @@ def publish(out: Path, force: bool = False, *, protect: Sequence[Path] = ()) -> 
     protect: files and folders that are being read, such as the model; ``out`` may not hold them.
     Raises ``OutputError``, also in place of what the system raises for a full disk.
     """
+    with _publish(out, force, protect, secrets.token_hex(TOKEN_BYTES)) as draft:
+        yield draft.result
+
+
+@contextmanager
+def publish_resumable(
+    out: Path,
+    key: str,
+    force: bool = False,
+    *,
+    protect: Sequence[Path] = (),
+    restart: bool = False,
+) -> Iterator[Draft]:
+    """Like ``publish``, for work that a later run with the same ``key`` can go on with.
+
+    The work is kept when the run is killed or interrupted, and when the block raises something that
+    another try may not meet again, such as a full disk. It is removed with the result of a run of
+    another key, when the block succeeds, and when it raises ``QuantError`` or ``Discarded``.
+
+    key: a hexadecimal digest of all that the result follows from. restart: remove what there is of
+    this key too.
+    """
+    with _publish(out, force, protect, _token(key), keep=True, restart=restart) as draft:
+        yield draft
+
+
+def kept_work(out: Path, key: str) -> Path | None:
+    """The folder of what an unfinished run with this key has left; None when there is nothing."""
+    folder = _hidden(Path(os.path.realpath(out)), _token(key))
+    return folder if _holds_files(folder / WORK) else None
+
+
+@contextmanager
+def _publish(
+    out: Path,
+    force: bool,
+    protect: Sequence[Path],
+    token: str,
+    keep: bool = False,
+    restart: bool = False,
+) -> Iterator[Draft]:
     target = Path(os.path.realpath(out))
+    folder = _hidden(target, token)
     check_output(out, force, protect=protect)
     try:
-        with _parent_of(target), _claimed_sibling(target) as folder:
+        with _parent_of(target), _claimed(target, folder, keep, restart) as draft:
             check_output(out, force, protect=protect)  # an old ``out`` may have been put back
-            yield folder
-            _flush(folder)
+            yield draft
+            _flush(draft.result)
             with _alone_in(target.parent):
                 check_output(out, force, protect=protect)  # hours may have passed
-                _replace(target, folder)
+                _replace(target, draft.result, token)
     except (OSError, SafetensorError) as error:
         if (reason := _reason_against_writing(error)) is None:
             raise
+        left = f"what is finished is kept in {folder}" if folder.exists() else "nothing is left"
         raise OutputError(
-            f"{out} cannot be written: {reason}; nothing is left behind, "
-            "free some space or choose another folder"
+            f"{out} cannot be written: {reason}; {left}: free some space or choose another folder"
         ) from error
+
+
+def _token(key: str) -> str:
+    return key[: 2 * TOKEN_BYTES]
+
+
+def _hidden(target: Path, token: str) -> Path:
+    return target.with_name(f".{target.name}.{token}{PARTIAL}")
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
 
 
 def check_output(out: Path, force: bool = False, *, protect: Sequence[Path] = ()) -> None:
@@ -130,24 +202,55 @@ def _parent_of(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _claimed_sibling(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, locked while in use and gone after the block unless renamed.
+def _claimed(target: Path, folder: Path, keep: bool, restart: bool) -> Iterator[Draft]:
+    """``folder`` beside ``target``, locked while in use, with an empty result in it.
 
-    The lock is how the next run tells a killed run's folder from one that is being written.
+    The lock is how the next run tells a killed run's folder from one that is being written. keep:
+    the work in it stays when the block is left by something that may not happen again. restart:
+    work that is there already is removed.
     """
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(TOKEN_BYTES)}{PARTIAL}")
+    draft = Draft(folder / RESULT, folder / WORK)
     with ExitStack() as held:
         with _alone_in(target.parent):
-            _clean(target)
+            _clean(target, spare=folder if keep and not restart else None)
             try:
-                folder.mkdir()
+                folder.mkdir(exist_ok=keep)
             except OSError as error:
                 raise OutputError(
                     f"{target.parent} takes no new folder ({error.strerror}): choose another place"
                 ) from None
-            held.callback(shutil.rmtree, folder, ignore_errors=True)
-            held.enter_context(_locked(folder))
-        yield folder
+            held.enter_context(_claim(target, folder))
+            shutil.rmtree(draft.result, ignore_errors=True)
+            draft.result.mkdir()
+            draft.work.mkdir(exist_ok=True)
+        is_worth_keeping = False
+        try:
+            yield draft
+        except (QuantError, Discarded):
+            raise
+        except BaseException:
+            is_worth_keeping = keep and _holds_files(draft.work)
+            raise
+        finally:
+            if not is_worth_keeping:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _claim(target: Path, folder: Path) -> Iterator[bool]:
+    """Hold the lock of a hidden folder beside ``target``. Raises ``OutputError`` if another has it.
+
+    Gives False on a file system without locks.
+    """
+    with ExitStack() as held:
+        try:
+            is_mine = held.enter_context(_locked(folder))
+        except BlockingIOError:
+            raise OutputError(
+                f"{target} is being written by another run at this moment: wait for it, or choose "
+                "another folder"
+            ) from None
+        yield is_mine
 
 
 @contextmanager
@@ -176,23 +279,20 @@ def _alone_in(folder: Path) -> AbstractContextManager[bool]:
     return _locked(folder, wait=True)
 
 
-def _clean(target: Path) -> None:
-    """Remove what killed runs left; put an old ``target`` back that one had renamed aside."""
+def _clean(target: Path, spare: Path | None) -> None:
+    """Remove what killed runs left; put an old ``target`` back that one had renamed aside.
+
+    spare: the folder to go on with.
+    """
     for path in _leftovers(target, REPLACED):
         if target.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.rename(target)
     for path in _leftovers(target, PARTIAL):
-        try:
-            with _locked(path) as is_mine:
-                if is_mine:
-                    shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            raise OutputError(
-                f"{target} is being written by another run at this moment: wait for it, or choose "
-                "another folder"
-            ) from None
+        with _claim(target, path) as is_mine:
+            if is_mine and path != spare:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _leftovers(target: Path, kind: str) -> list[Path]:
@@ -226,9 +326,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _replace(target: Path, folder: Path) -> None:
+def _replace(target: Path, folder: Path, token: str) -> None:
     """Rename ``folder`` to ``target``; a full ``target`` steps aside and is removed at the end."""
-    aside = target.with_name(folder.name.removesuffix(PARTIAL) + REPLACED)
+    aside = target.with_name(f".{target.name}.{token}{REPLACED}")
     occupied = target.exists() and any(target.iterdir())
     if occupied:
         target.rename(aside)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,35 +20,45 @@ from qserve.quant.calibration import Calibration, gather_calibration
 from qserve.quant.decoder import HEAD, Block, Decoder
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.formats.registry import make_writer
-from qserve.quant.formats.shard_writer import ShardWriter
+from qserve.quant.formats.shard_writer import assemble
+from qserve.quant.formats.tensor_part import Part, PartWriter
 from qserve.quant.formats.writer import LayerScheme, scheme_of
 from qserve.quant.methods import profile_of
 from qserve.quant.model_files import copy_files, write_config
 from qserve.quant.options import QuantizeOptions
 from qserve.quant.plan import Plan, make_plan
 from qserve.quant.progress import Phase, Progress, ProgressCallback
-from qserve.quant.report import CalibrationReport, QuantizationReport, SizeReport
-from qserve.quant.storage import as_stored, to_storage
+from qserve.quant.report import QuantizationReport, SizeReport
+from qserve.quant.run_state import PACKAGES, BlockRecord, RunState, run_key
+from qserve.quant.storage import as_stored, in_pieces, storage_dtype
 
 COMPUTED = ".rotary_emb.inv_freq"
 """Tensors that old checkpoints hold although they follow from the configuration."""
 
 PROGRAM = f"qserve:{version('qserve-llm')}"
 
-PACKAGES = ("qserve-llm", "torch", "transformers", "tokenizers")
+CALIBRATION = "calibration"
+"""The name of the windows in the state of a run."""
 
 BlockQuantizer = Callable[[Block], BlockResult]
 
 
 def quantize(
-    source: Checkpoint, out: Path, options: QuantizeOptions, progress: ProgressCallback
+    source: Checkpoint,
+    out: Path,
+    options: QuantizeOptions,
+    progress: ProgressCallback,
+    work: Path | None = None,
 ) -> QuantizationReport:
     """Write the quantized checkpoint and its report into the existing, empty folder ``out``.
 
-    The result has AutoAWQ's layout (see ``quant/formats/awq.py``), the config and tokenizer of the
-    source, and a ``quantization_report.json``. The same source and options give the same tensors,
-    bit for bit.
+    The result has the layout of the format, the config and tokenizer of the source, and a
+    ``quantization_report.json``. The same source and options give the same tensors, bit for bit.
+
+    work: a folder for what is finished, by which the same run goes on where it was killed; the
+    tensors go through it in any case. None: inside ``out`` while it lasts.
     Raises ``CheckpointError`` for a source that is damaged or already quantized,
     ``UnsupportedModelError``, ``CalibrationError`` and ``OptionError``.
     """
@@ -59,10 +70,11 @@ def quantize(
     decoder = Decoder(source)
     plan = make_plan(decoder, options)
     decoder.check_outside_blocks()
-    run = _Run(decoder, plan, options, ShardWriter(out, options.max_shard_bytes))
-    calibration = run.prepare()
-    run.quantize_blocks(progress)
-    run.write_rest()
+    with _work_folder(work, out) as folder:
+        run = _Run(decoder, plan, options, RunState(folder / run_key(source, options)))
+        run.prepare()
+        run.quantize_blocks(progress)
+        run.write_tensors(out)
     write_config(
         out,
         source.config,
@@ -71,97 +83,126 @@ def quantize(
         side_file=run.side_file,
     )
     copy_files(source.folder, out)
-    report = run.report(calibration, time.perf_counter() - started)
+    report = run.report(time.perf_counter() - started)
     report.write(out)
     return report
 
 
+@contextmanager
+def _work_folder(work: Path | None, out: Path) -> Iterator[Path]:
+    if work is not None:
+        yield work
+        return
+    with TemporaryDirectory(prefix=".work-", dir=out) as folder:
+        yield Path(folder)
+
+
 class _Run:
-    """The state of one run: what is written, and what is known about it so far."""
+    """One run: what is finished, in memory and on the disk."""
 
     def __init__(
-        self, decoder: Decoder, plan: Plan, options: QuantizeOptions, writer: ShardWriter
+        self, decoder: Decoder, plan: Plan, options: QuantizeOptions, state: RunState
     ) -> None:
         self._decoder = decoder
         self._source = decoder.checkpoint
         self._plan = plan
         self._options = options
-        self._writer = writer
-        self._results: list[BlockResult] = []
-        self._written: set[str] = set()
-        self._bfloat16: list[str] = []
-        self._packed_bits = 0
-        self._schemes: dict[str, LayerScheme] = {}
-        profile = profile_of(options)
-        self._profile = profile
+        self._state = state
+        self._profile = profile_of(options)
         self._format = make_writer(
-            profile.output,
+            self._profile.output,
             PROGRAM,
-            activations=profile.activations,
+            activations=self._profile.activations,
             dtype=decoder.architecture.dtype,
         )
-        self._length = 1
+        self._records = state.finished(with_hidden=self._profile.calibrated)
+        self._calibration: Calibration | None = None
+        self._hidden: torch.Tensor | None = None
+        choose_grid = self._profile.choose_grid
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
-            block, plan, profile.choose_grid
+            block, plan, choose_grid
         )
+        self._total_bytes = 0
+        self._bfloat16_outside: tuple[str, ...] = ()
 
-    def prepare(self) -> Calibration | None:
-        """Gather the calibration windows, unless the method reads none."""
+    def prepare(self) -> None:
+        """Gather the calibration windows, unless the method reads none or they are kept."""
         if not self._profile.calibrated:
-            return None
-        calibration = gather_calibration(self._decoder, self._options)
-        hidden = as_stored(self._decoder.embed(calibration.token_ids))
-        self._length = hidden.shape[1]
+            return
+        kept = self._state.read_object(CALIBRATION)
+        if kept is None:
+            self._calibration = gather_calibration(self._decoder, self._options)
+            self._state.write_object(CALIBRATION, self._calibration.to_dict())
+        else:
+            self._calibration = Calibration.from_dict(kept)
+        hidden = as_stored(self._decoder.embed(self._calibration.token_ids))
+        if self._records:
+            self._state.load_hidden_(len(self._records) - 1, hidden)
+        self._hidden = hidden
         quantizer = CalibratedQuantizer(hidden, self._plan, self._profile)
         self._quantize_block = quantizer.quantize_block
-        return calibration
 
     def quantize_blocks(self, progress: ProgressCallback) -> None:
-        """Quantize and write every block."""
+        """Quantize and write every block that is not finished."""
         started = time.perf_counter()
-        total = self._decoder.num_blocks
-        for index in range(total):
-            block = self._decoder.block(index, self._length)
-            result = self._quantize_block(block)
-            self._write_block(block, result)
-            self._results.append(replace(result, weights={}))
-            pace = (time.perf_counter() - started) / (index + 1)
-            progress(
-                Progress(Phase.QUANTIZE, index + 1, total, pace * (total - index - 1), result.error)
+        done, total = len(self._records), self._decoder.num_blocks
+        length = 1 if self._hidden is None else self._hidden.shape[1]
+        for index in range(done, total):
+            block = self._decoder.block(index, length)
+            record = self._write_block(block, self._quantize_block(block))
+            self._records.append(self._state.commit(index, record, self._hidden))
+            pace = (time.perf_counter() - started) / (index + 1 - done)
+            left = pace * (total - index - 1)
+            progress(Progress(Phase.QUANTIZE, index + 1, total, left, record.error))
+
+    def _write_block(self, block: Block, result: BlockResult) -> BlockRecord:
+        schemes: dict[str, LayerScheme] = {}
+        bfloat16: list[str] = []
+        packed_bytes = 0
+        with self._state.part_of(block.index) as part:
+            for name, weight in result.weights.items():
+                full_name = block.full_name(name)
+                packed = self._encode(full_name, weight)
+                for key, tensor in packed.items():
+                    part.add(f"{full_name}.{key}", tensor)
+                packed_bytes += sum(tensor.nbytes for tensor in packed.values())
+                schemes[full_name] = scheme_of(weight)
+            for name, parameter in block.layer.named_parameters():
+                if name.removesuffix(".weight") not in result.weights:
+                    full_name = block.full_name(name)
+                    if _write_float(part, full_name, parameter.detach()) is torch.bfloat16:
+                        bfloat16.append(full_name)
+            return BlockRecord(
+                part.finish(), result.layers, result.error, schemes, tuple(bfloat16), packed_bytes
             )
 
-    def _write_block(self, block: Block, result: BlockResult) -> None:
-        for name, weight in result.weights.items():
-            full_name = block.full_name(name)
-            try:
-                packed = self._format.encode(weight)
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{full_name}: {error}; its weights are too large, fetch the checkpoint again"
-                ) from None
-            for key, tensor in packed.items():
-                self._writer.add(f"{full_name}.{key}", tensor)
-            self._packed_bits += 8 * sum(tensor.nbytes for tensor in packed.values())
-            self._schemes[full_name] = scheme_of(weight)
-            self._written.add(f"{full_name}.weight")
-        for name, parameter in block.layer.named_parameters():
-            if block.full_name(name) not in self._written:
-                self._write_float(block.full_name(name), parameter.detach())
+    def _encode(self, name: str, weight: QuantizedWeight) -> dict[str, torch.Tensor]:
+        try:
+            return self._format.encode(weight)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{name}: {error}; its weights are too large, fetch the checkpoint again"
+            ) from None
 
-    def _write_float(self, name: str, tensor: torch.Tensor) -> None:
-        stored = to_storage(tensor)
-        if stored.dtype is torch.bfloat16:
-            self._bfloat16.append(name)
-        self._writer.add(name, stored)
-        self._written.add(name)
+    def write_tensors(self, out: Path) -> None:
+        """Write all tensors to ``out``: the blocks, then embedding, final norm, untied head."""
+        outside = self._write_outside()
+        parts = [*(record.part for record in self._records), outside]
+        self._total_bytes = assemble(parts, self._state.folder, out, self._options.max_shard_bytes)
 
-    def write_rest(self) -> None:
-        """Write what is outside the blocks: embedding, final norm, head unless it is tied."""
-        for name in self._source:
-            is_tied_head = name == HEAD and self._decoder.is_tied
-            if name not in self._written and not is_tied_head and not name.endswith(COMPUTED):
-                self._write_float(name, self._source.tensor(name))
-        self._writer.finish()
+    def _write_outside(self) -> Part:
+        written = {entry.name for record in self._records for entry in record.part.entries}
+        written |= {f"{name}.weight" for record in self._records for name in record.schemes}
+        bfloat16 = []
+        with PartWriter(self._state.folder / "outside.tensors") as part:
+            for name in self._source:
+                is_tied_head = name == HEAD and self._decoder.is_tied
+                if name in written or is_tied_head or name.endswith(COMPUTED):
+                    continue
+                if _write_float(part, name, self._source.tensor(name)) is torch.bfloat16:
+                    bfloat16.append(name)
+            self._bfloat16_outside = tuple(bfloat16)
+            return part.finish()
 
     @property
     def side_file(self) -> str | None:
@@ -170,14 +211,16 @@ class _Run:
 
     def config_block(self) -> dict[str, Any]:
         """The ``quantization_config`` of what was written."""
-        return self._format.config_block(
-            self._schemes, [layer.name for layer in self._plan.skipped]
-        )
+        schemes = {n: scheme for record in self._records for n, scheme in record.schemes.items()}
+        return self._format.config_block(schemes, [layer.name for layer in self._plan.skipped])
 
-    def report(self, calibration: Calibration | None, seconds: float) -> QuantizationReport:
+    def report(self, seconds: float) -> QuantizationReport:
         """Everything that happened."""
-        layers = tuple(layer for result in self._results for layer in result.layers)
+        layers = tuple(layer for record in self._records for layer in record.layers)
         num_weights = sum(layer.in_features * layer.out_features for layer in layers)
+        packed_bytes = sum(record.packed_bytes for record in self._records)
+        bfloat16 = [name for record in self._records for name in record.bfloat16]
+        source_files = set(self._source.tensor_files.values())
         return QuantizationReport(
             model=self._source.folder.name,
             architecture=self._source.architecture,
@@ -185,32 +228,24 @@ class _Run:
             bits=self._options.code_bits,
             group_size=self._plan.group_size,
             seed=self._options.seed,
-            calibration=self._calibration_report(calibration),
+            calibration=None if self._calibration is None else self._calibration.report,
             layers=layers,
             skipped=self._plan.skipped,
-            block_errors=tuple(r.error for r in self._results if r.error is not None),
-            bfloat16_tensors=tuple(self._bfloat16),
+            block_errors=tuple(r.error for r in self._records if r.error is not None),
+            bfloat16_tensors=(*bfloat16, *self._bfloat16_outside),
             sizes=SizeReport(
-                source_bytes=sum(path.stat().st_size for path in self._source_files()),
-                quantized_bytes=self._writer.total_bytes,
-                bits_per_weight=self._packed_bits / num_weights,
+                source_bytes=sum(path.stat().st_size for path in source_files),
+                quantized_bytes=self._total_bytes,
+                bits_per_weight=8 * packed_bytes / num_weights,
             ),
             seconds=seconds,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             versions={package: version(package) for package in PACKAGES},
         )
 
-    def _source_files(self) -> set[Path]:
-        return set(self._source.tensor_files.values())
 
-    def _calibration_report(self, calibration: Calibration | None) -> CalibrationReport | None:
-        if calibration is None:
-            return None
-        return CalibrationReport(
-            source=calibration.source,
-            sha256=calibration.sha256,
-            num_text_tokens=calibration.num_text_tokens,
-            num_windows=calibration.token_ids.shape[0],
-            num_windows_asked=self._options.num_samples,
-            seq_len=self._options.seq_len,
-        )
+def _write_float(part: PartWriter, name: str, tensor: torch.Tensor) -> torch.dtype:
+    """Append a tensor in the type it is stored in, which is returned, a piece at a time."""
+    dtype = storage_dtype(tensor)
+    part.add_pieces(name, dtype, tensor.shape, (piece.to(dtype) for piece in in_pieces(tensor)))
+    return dtype

@@ -33,12 +33,12 @@ def repair(checkpoint: Checkpoint, findings: Sequence[Finding], out: Path) -> li
         changes |= remedy.tensors
         dropped |= remedy.dropped
         block |= remedy.config
-    files = ShardWriter(out, DEFAULT_SHARD_BYTES)
-    for name in checkpoint:
-        if name not in dropped:
-            tensor = checkpoint.tensor(name)
-            files.add(name, changes[name](tensor) if name in changes else tensor)
-    files.finish()
+    with ShardWriter(out, DEFAULT_SHARD_BYTES) as files:
+        for name in checkpoint:
+            if name not in dropped:
+                tensor = checkpoint.tensor(name)
+                files.add(name, changes[name](tensor) if name in changes else tensor)
+        files.finish()
     side_file = next((name for name in SIDE_FILES if (checkpoint.folder / name).is_file()), None)
     dtype = checkpoint.config.get("torch_dtype") or checkpoint.config.get("dtype") or "float16"
     write_config(out, checkpoint.config, block or None, dtype=str(dtype), side_file=side_file)

@@ -55,7 +55,13 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationReport:
-    """The text that was looked at. num_windows: fewer than asked for when the text is short."""
+    """The text that was looked at.
+
+    source: the file's name, ``built-in`` or ``self``.
+    sha256: of the UTF-8 text; of the token ids (int64, little-endian) for self-generated windows.
+    num_text_tokens: tokens of the whole text the windows are taken from.
+    num_windows: fewer than asked for when the text is short.
+    """
 
     source: str
     sha256: str

@@ -10,7 +10,7 @@ from pathlib import Path
 from qserve.quant.evaluate import Evaluation, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import CalibrationSource, QuantizeOptions
-from qserve.quant.output import publish
+from qserve.quant.output import Discarded, publish_resumable
 from qserve.quant.overrides import Override
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import Progress
@@ -19,6 +19,7 @@ from qserve.quant.recipe.lock import write_lock
 from qserve.quant.recipe.report import RecipeReport
 from qserve.quant.recipe.schema import BUILT_IN, SELF, TOPICS, EvaluateSection, Recipe
 from qserve.quant.report import QuantizationReport
+from qserve.quant.run_state import run_key
 from qserve.quant.windows import python_topics, read_text
 
 
@@ -77,18 +78,21 @@ class Job:
         return python_topics() if section.text == TOPICS else read_text(self.folder / section.text)
 
 
-class _GateFailed(Exception):
-    """Leaves ``publish`` without publishing."""
+class _GateFailed(Discarded):
+    """The result is not to be published."""
 
     def __init__(self, report: RecipeReport) -> None:
         super().__init__()
         self.report = report
 
 
-def run_job(job: Job, source: Checkpoint, progress: Callable[[Progress], None]) -> RecipeReport:
+def run_job(
+    job: Job, source: Checkpoint, progress: Callable[[Progress], None], restart: bool = False
+) -> RecipeReport:
     """Quantize ``source`` and publish the result, unless a gate fails.
 
     Everything that can be refused is refused before the work: options, texts, the output folder.
+    A quantization that was stopped goes on, unless told to ``restart``.
     Raises what ``quantize``, ``evaluate`` and ``publish`` raise.
     """
     started = time.perf_counter()
@@ -96,8 +100,15 @@ def run_job(job: Job, source: Checkpoint, progress: Callable[[Progress], None]) 
     text = job.judging_text(recipe.evaluate) if recipe.evaluate is not None else None
     protect = [source.folder, *job.texts]
     try:
-        with publish(job.output, recipe.output.overwrite, protect=protect) as folder:
-            quantization = quantize(source, folder, options, progress)
+        with publish_resumable(
+            job.output,
+            run_key(source, options),
+            recipe.output.overwrite,
+            protect=protect,
+            restart=restart,
+        ) as draft:
+            folder = draft.result
+            quantization = quantize(source, folder, options, progress, draft.work)
             evaluation = None
             if recipe.evaluate is not None and text is not None:
                 evaluation = _judge(folder, source, text, recipe.evaluate, progress)

@@ -40,16 +40,16 @@ def test_a_file_is_read_without_special_tokens(
     ids = tokenize(decoder.checkpoint.folder, text_file.read_text())
     assert calibration.token_ids[0].tolist() == ids[:48]
     assert calibration.token_ids.shape == (12, 48)
-    assert calibration.source == "prose.txt"
-    assert calibration.sha256 == hashlib.sha256(text_file.read_bytes()).hexdigest()
-    assert calibration.num_text_tokens == len(ids)
+    assert calibration.report.source == "prose.txt"
+    assert calibration.report.sha256 == hashlib.sha256(text_file.read_bytes()).hexdigest()
+    assert calibration.report.num_text_tokens == len(ids)
     assert decoder.config.bos_token_id not in ids
 
 
 def test_the_text_of_the_package_is_the_default(decoder: Decoder) -> None:
     calibration = gather_calibration(decoder, QuantizeOptions(num_samples=4, seq_len=32))
     expected = tokenize(decoder.checkpoint.folder, "\n\n".join(texts()))
-    assert calibration.source == "built-in"
+    assert calibration.report.source == "built-in"
     assert calibration.token_ids[0].tolist() == expected[:32]
 
 
@@ -60,7 +60,7 @@ def test_the_model_writes_its_own_text_the_same_with_the_same_seed(decoder: Deco
     other = gather_calibration(decoder, replace(options, seed=6))
     assert first.token_ids.shape == (3, 20)
     assert torch.equal(first.token_ids, second.token_ids)
-    assert first.sha256 == second.sha256
+    assert first.report.sha256 == second.report.sha256
     assert not torch.equal(first.token_ids, other.token_ids)
     assert torch.equal(torch.get_rng_state(), state)
 

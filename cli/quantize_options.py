@@ -1,0 +1,144 @@
+"""What a quantization can be asked for on the command line: `quantize` and `plan` share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from qserve.quant.options import QuantizeOptions
+
+Command = Callable[..., Any]
+
+BUILT_IN, SELF = "builtin", "self"
+METHODS = (
+    *("awq", "gptq", "int4", "int8", "smoothquant", "qoq", "nf4", "fp4", "fp8", "fp8-weight"),
+    *("llm-int8", "hqq", "rtn"),
+)
+FORMATS = ("awq", "gptq", "gptq-v2", "compressed-tensors", "bitsandbytes")
+
+
+def method_flag(name: str, text: str) -> Callable[[Command], Command]:
+    """The option ``--name``, which stands for ``--method name``."""
+    return click.option(f"--{name}", "flags", flag_value=name, help=text)
+
+
+OPTIONS = (
+    method_flag("awq", "Activation-aware 4 bits, stored as AWQ (the default)."),
+    method_flag("gptq", "The same steps on symmetric codes, stored as GPTQ."),
+    method_flag("int4", "The same symmetric codes, stored as compressed-tensors."),
+    method_flag("int8", "8-bit weights, one scale a row."),
+    method_flag("smoothquant", "8-bit weights and activations (W8A8)."),
+    method_flag("nf4", "bitsandbytes' 4-bit levels, with double quantization."),
+    method_flag("fp8", "8-bit floats, weights and activations."),
+    method_flag("rtn", "Round to nearest: no text, no search; stored as AWQ."),
+    click.option(
+        "--method", type=click.Choice(METHODS), help="Any method by its name, those above included."
+    ),
+    click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(FORMATS),
+        help="Format to write. Default: the method's own.",
+    ),
+    click.option("--bits", type=int, default=None, help="Width of a weight."),
+    click.option(
+        "--group-size",
+        type=int,
+        help="Inputs that share a scale, -1 for a row. "
+        "Default: the coarsest that fits every layer.",
+    ),
+    click.option(
+        "--rounding",
+        type=click.Choice(["feedback", "nearest"]),
+        default="feedback",
+        show_default=True,
+        help="feedback loses less; nearest is what the AWQ paper does, and faster.",
+    ),
+    click.option(
+        "--calibration",
+        default=BUILT_IN,
+        show_default=True,
+        metavar="FILE|builtin|self",
+        help="Text to look at: a UTF-8 file, the one in the package, "
+        "or what the model itself writes.",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(1),
+        default=32,
+        show_default=True,
+        help="Windows of calibration text.",
+    ),
+    click.option(
+        "--seq-len",
+        type=click.IntRange(2),
+        default=512,
+        show_default=True,
+        help="Tokens of a window.",
+    ),
+    click.option(
+        "--override",
+        "overrides",
+        multiple=True,
+        metavar="REGEX=bits:8,group:32",
+        help="Another width or group size for layers whose name matches; REGEX=16 leaves them in "
+        "16 bits. May be repeated, the later counts.",
+    ),
+    click.option(
+        "--ignore",
+        multiple=True,
+        metavar="REGEX",
+        help="Leave layers whose name matches in 16 bits; may be repeated.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Seed of self-written calibration text.",
+    ),
+)
+"""The options, in the order of `--help`."""
+
+
+def quantize_options(command: Command) -> Command:
+    """A command that takes all of them; ``read_options`` understands what it is given."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
+
+
+def read_options(choices: dict[str, Any]) -> QuantizeOptions:
+    """The options as the quantizer takes them. Raises ``OptionError``, ``click.UsageError``."""
+    from qserve.quant.formats.registry import OutputFormat
+    from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, Rounding
+    from qserve.quant.overrides import parse_override
+
+    named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
+    calibration = choices["calibration"]
+    return QuantizeOptions(
+        method=Method(_read_method(choices)),
+        bits=choices["bits"],
+        group_size=choices["group_size"],
+        output=OutputFormat(choices["output_format"]) if choices["output_format"] else None,
+        rounding=Rounding(choices["rounding"]),
+        calibration=named.get(calibration) or Path(calibration),
+        num_samples=choices["samples"],
+        seq_len=choices["seq_len"],
+        overrides=tuple(map(parse_override, choices["overrides"])),
+        ignore=choices["ignore"],
+        seed=choices["seed"],
+    )
+
+
+def _read_method(choices: dict[str, Any]) -> str:
+    """The method that was named, by its flag or by ``--method``."""
+    flag, name = choices["flags"], choices["method"]
+    if flag and name and flag != name:
+        raise click.UsageError(f"--{flag} and --method {name} contradict each other: give one")
+    method: str = name or flag or METHODS[0]
+    return method
