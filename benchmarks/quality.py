@@ -19,7 +19,7 @@ from qserve.cli.demo_model import find_model
 from qserve.cli.row_table import append_rows, stamp
 from qserve.quant.evaluate import DEFAULT_NUM_WINDOWS, DEFAULT_SEQ_LEN, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, Rounding
+from qserve.quant.options import CalibrationSource, Effort, Method, QuantizeOptions
 from qserve.quant.output import publish
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import ignore_progress
@@ -30,9 +30,10 @@ from qserve.quant.windows import python_topics, read_text
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "benchmarks" / "quality.csv"
 WAYS = (
-    ("rtn", Method.RTN, Rounding.NEAREST),
-    ("awq-nearest", Method.AWQ, Rounding.NEAREST),
-    ("awq", Method.AWQ, Rounding.FEEDBACK),
+    ("rtn", Method.RTN, Effort.FULL),
+    ("awq-plain", Method.AWQ, Effort.PLAIN),
+    ("awq-fast", Method.AWQ, Effort.FAST),
+    ("awq", Method.AWQ, Effort.FULL),
 )
 
 Row = dict[str, str | int | float | None]
@@ -55,12 +56,12 @@ def main() -> None:
     source = resolve_model(model, cache=cache, notice=say)
     with TemporaryDirectory(prefix="qserve-quality-") as folder:
         rows = []
-        for group_size, (name, method, rounding) in product(args.group_size or (64, 32), WAYS):
+        for group_size, (name, method, effort) in product(args.group_size or (64, 32), WAYS):
             out = (args.keep or Path(folder)) / f"{name}-g{group_size}"
             options = QuantizeOptions(
                 method=method,
                 group_size=group_size,
-                rounding=rounding,
+                effort=effort,
                 calibration=args.calibration or CalibrationSource.BUILT_IN,
             )
             report = quantize_to(source, out, options)

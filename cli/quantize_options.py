@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from qserve.quant.options import QuantizeOptions
+    from qserve.quant.options import Effort, QuantizeOptions
 
 Command = Callable[..., Any]
 
@@ -52,11 +52,25 @@ OPTIONS = (
         "Default: the coarsest that fits every layer.",
     ),
     click.option(
-        "--rounding",
-        type=click.Choice(["feedback", "nearest"]),
-        default="feedback",
+        "--fast", is_flag=True, help="Stop after scales and ranges: codes are the nearest."
+    ),
+    click.option(
+        "--plain",
+        is_flag=True,
+        help="The method as it was published and as other tools run it, to compare with.",
+    ),
+    click.option(
+        "--damping",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=0.01,
         show_default=True,
-        help="feedback loses less; nearest is what the AWQ paper does, and faster.",
+        help="Share of its mean diagonal that error feedback adds to the Gram matrix of a layer's "
+        "inputs; ten times as much where that is not enough.",
+    ),
+    click.option(
+        "--act-order",
+        is_flag=True,
+        help="Groups of inputs by falling importance (desc_act), for GPTQ's formats.",
     ),
     click.option(
         "--calibration",
@@ -115,7 +129,7 @@ def quantize_options(command: Command) -> Command:
 def read_options(choices: dict[str, Any]) -> QuantizeOptions:
     """The options as the quantizer takes them. Raises ``OptionError``, ``click.UsageError``."""
     from qserve.quant.formats.registry import OutputFormat
-    from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, Rounding
+    from qserve.quant.options import CalibrationSource, Method, QuantizeOptions
     from qserve.quant.overrides import parse_override
 
     named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
@@ -125,7 +139,9 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
         bits=choices["bits"],
         group_size=choices["group_size"],
         output=OutputFormat(choices["output_format"]) if choices["output_format"] else None,
-        rounding=Rounding(choices["rounding"]),
+        effort=_read_effort(choices),
+        damping=choices["damping"],
+        activation_order=choices["act_order"],
         calibration=named.get(calibration) or Path(calibration),
         num_samples=choices["samples"],
         seq_len=choices["seq_len"],
@@ -133,6 +149,16 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
         ignore=choices["ignore"],
         seed=choices["seed"],
     )
+
+
+def _read_effort(choices: dict[str, Any]) -> Effort:
+    from qserve.quant.options import Effort
+
+    if choices["plain"] and choices["fast"]:
+        raise click.UsageError("--plain and --fast contradict each other: give one")
+    if choices["plain"]:
+        return Effort.PLAIN
+    return Effort.FAST if choices["fast"] else Effort.FULL
 
 
 def _read_method(choices: dict[str, Any]) -> str:

@@ -15,12 +15,13 @@ projections among others) is divided once, in float, and its codes fit its final
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from qserve.kernels.activations import Activations, round_activations
-from qserve.quant.architecture import Stage
+from qserve.quant.architecture import Fold, Stage
 from qserve.quant.block_result import BlockResult
 from qserve.quant.codes import choose_codes
 from qserve.quant.decoder import Block, ScratchMemory
@@ -28,13 +29,14 @@ from qserve.quant.errors import CheckpointError
 from qserve.quant.folding import fold_, settle_, sharing_of
 from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.grid import grid_over_all, rounding_difference
-from qserve.quant.methods import Profile, Transform
+from qserve.quant.methods import Profile
 from qserve.quant.objective import GramMatrix, output_errors
-from qserve.quant.options import Rounding
 from qserve.quant.plan import Plan
+from qserve.quant.published import PublishedScaleSearch
 from qserve.quant.report import LayerReport, ScaleReport
 from qserve.quant.scaling import ScaleChoice, ScaleSearch
 from qserve.quant.smoothing import SmoothSearch
+from qserve.quant.steps import Rounding, Steps, Transform
 from qserve.quant.target import StageSpec
 
 NUM_TRANSFORM_WINDOWS = 8
@@ -47,7 +49,8 @@ MIN_TOKENS_PER_INPUT = 4
 matrix, and with fewer tokens it would learn the text by heart. Range and scale need far less."""
 
 
-Search = ScaleSearch | SmoothSearch
+Search = Callable[[], ScaleChoice]
+"""Finds the scale of a stage, once all stages have been seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,23 +113,31 @@ class CalibratedQuantizer:
         for stage in block.stages:
             search = searches[stage.name]
             if search is not None:
-                choice = search.run()
+                choice = search()
                 scales[stage.name] = replace(choice, scale=fold_(block, stage, choice.scale))
         return _Transformed(scales, entered, left)
 
     def _search(self, block: Block, stage: Stage, inputs: torch.Tensor) -> Search | None:
         """What finds the scale of a stage; None for a stage that gets none."""
-        transform, spec = self._profile.transform, self._plan.spec(block, stage)
+        transform, spec = self._profile.steps.transform, self._plan.spec(block, stage)
         if transform is Transform.NONE or spec is None:
             return None
         sharing = sharing_of(block, stage)
         weight = torch.cat([block.linear(name).weight for name in stage.linears])
-        if transform is Transform.SMOOTH:
+        form = (spec.group_size, spec.levels, sharing)
+        if transform in (Transform.SMOOTH, Transform.PUBLISHED_SMOOTH):
             rows = inputs.flatten(0, 1)
             sample = rows[:: -(-len(rows) // NUM_SMOOTHING_TOKENS)].clone()
-            return SmoothSearch(weight, sample, spec.group_size, spec.levels, sharing)
+            smoothing = SmoothSearch(weight, sample, *form)
+            if transform is Transform.SMOOTH:
+                return smoothing.run
+            return smoothing.published if stage.fold is Fold.NORM else None
         gram = self._gram_of(block, stage, inputs, None)
-        return ScaleSearch(weight, gram, spec.group_size, spec.levels, sharing)
+        if transform is Transform.SCALE:
+            return ScaleSearch(weight, gram, *form).run
+        if sharing is not None and sharing.repeats > 1:
+            return None  # published for query heads that have key/value heads of their own
+        return PublishedScaleSearch(weight, inputs, gram, *form).run
 
     def _quantize_stage_(
         self,
@@ -141,10 +152,10 @@ class CalibratedQuantizer:
         weight = torch.cat([linear.weight for linear in linears])
         sizes = [linear.out_features for linear in linears]
         group_size, levels = spec.group_size, spec.levels
-        rounding = self._rounding_for(len(gram))
+        steps = self._steps_for(len(gram))
         # Nested scales are quantized a layer at a time; all else is done in one go.
         pieces = weight.split(sizes) if levels.nested else [weight]
-        chosen = [choose_codes(piece, gram, group_size, levels, rounding) for piece in pieces]
+        chosen = [choose_codes(piece, gram, group_size, levels, steps) for piece in pieces]
         parts = chosen if levels.nested else chosen[0].split(sizes)
         rounded = torch.cat([part.values() for part in parts])
         errors = output_errors(rounded - weight, gram)
@@ -172,16 +183,19 @@ class CalibratedQuantizer:
                     error=float(errors[rows].sum()) / energy,
                     clipped_share=float(clipped[rows].float().mean()),
                     scale=None if choice is None else _scale_report(choice),
-                    rounding=rounding.value,
+                    rounding=steps.rounding.value,
                 )
             )
         return codes, reports
 
-    def _rounding_for(self, num_inputs: int) -> Rounding:
-        """The rounding that was asked for, unless there are too few tokens to learn it from."""
+    def _steps_for(self, num_inputs: int) -> Steps:
+        """The steps that were asked for, unless there are too few tokens for error feedback."""
+        steps = self._profile.steps
         num_tokens = self._hidden.shape[0] * self._hidden.shape[1]
         enough = num_tokens >= MIN_TOKENS_PER_INPUT * num_inputs
-        return self._profile.rounding if enough else Rounding.NEAREST
+        if enough or steps.rounding is not Rounding.FEEDBACK:
+            return steps
+        return replace(steps, rounding=Rounding.NEAREST)
 
     def _block_error(self, transformed: _Transformed) -> float:
         difference = self._hidden[:: self._stride] - transformed.left

@@ -193,23 +193,36 @@ def rounding_difference(
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """A weight ``[N, K]`` as levels ``[N, G, group_size]`` of a grid ``[N, G]``."""
+    """A weight ``[N, K]`` as levels ``[N, G, group_size]`` of a grid ``[N, G]``.
+
+    input_order: ``[K]``, the inputs in the order in which they fill the groups; None as they are.
+    """
 
     levels: torch.Tensor
     grid: Grid
+    input_order: torch.Tensor | None = None
 
     def values(self) -> torch.Tensor:
         """What the levels stand for: float32 ``[N, K]``."""
-        return (self.levels * self.grid.scales[..., None]).flatten(1)
+        return self._natural((self.levels * self.grid.scales[..., None]).flatten(1))
+
+    def _natural(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns ``[N, K]`` in the order of the inputs."""
+        if self.input_order is None:
+            return columns
+        natural = torch.empty_like(columns)
+        natural[:, self.input_order] = columns
+        return natural
 
     def clipped(self, weight: torch.Tensor) -> torch.Tensor:
         """Which weights ``[N, K]`` lie more than half a step beyond their group's range: bool."""
-        units = weight.view_as(self.levels) / self.grid.scales[..., None]
+        in_groups = weight if self.input_order is None else weight[:, self.input_order]
+        units = in_groups.view_as(self.levels) / self.grid.scales[..., None]
         if self.grid.levels.codebook is not None:
-            return (units.abs() > 1 + CODEBOOK_MARGIN).flatten(1)
+            return self._natural((units.abs() > 1 + CODEBOOK_MARGIN).flatten(1))
         lowest = -0.5 - self.grid.zero_points[..., None]
-        outside: torch.Tensor = (units < lowest) | (units > lowest + (1 << self.grid.levels.bits))
-        return outside.flatten(1)
+        outside = (units < lowest) | (units > lowest + (1 << self.grid.levels.bits))
+        return self._natural(outside.flatten(1))
 
     def split(self, sizes: list[int]) -> list[Rounded]:
         """The linear layers that were rounded as one, ``sizes`` rows each."""
@@ -223,6 +236,7 @@ class Rounded:
                     grid.levels,
                     outer=None if grid.outer is None else grid.outer[rows],
                 ),
+                self.input_order,
             )
             for rows in torch.arange(len(self.levels)).split(sizes)
         ]
@@ -240,6 +254,7 @@ class Rounded:
                 zero_points=grid.zero_points.to(torch.uint8),
                 bits=kind.bits,
                 group_size=self.levels.shape[-1],
+                input_order=self.input_order,
                 channel_scales=grid.outer,
             )
         if kind.coding is Coding.FLOAT8:

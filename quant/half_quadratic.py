@@ -1,12 +1,15 @@
-"""Grids without calibration text, robust to the outliers of a group.
+"""Grids without calibration text, by the norm of the rounding error that outliers weigh least in.
 
-Spanning a group from its least to its greatest weight lets one outlier make all steps coarser. Here
-the sum of ``|W - V|^p`` with p < 1 judges instead, under which many small errors cost more than a
-few large ones. It is minimized by half-quadratic splitting (HQQ, Badri & Shaji 2023): an error E of
-few large entries is taken off the weights by the proximal operator of the norm, and what is left,
-``W - E``, is fitted in least squares. There the zero point alone is fitted and stays a fraction.
-Zero points that engines read are whole numbers, which barely move, so the scale is fitted too, and
-the iteration starts from several shares of the full range.
+The sum of ``|W - V|^p`` with p < 1 judges, under which many small errors cost more than a few large
+ones. It is minimized by half-quadratic splitting (HQQ, Badri & Shaji 2023): an error E of few large
+entries is taken off the weights by the proximal operator of the norm, and what is left, ``W - E``,
+is fitted in least squares.
+
+There the scale stays as it spans the group and the zero point becomes a fraction. Engines that read
+AWQ or compressed-tensors take whole zero points, which barely move; so the scale is fitted too, and
+kept wide enough for every weight to lie at most half a step outside. Without that, weights that
+matter are clipped: 2.6 times the output error of rounding to nearest on the demo model's layers,
+where this has 0.96 times, and fractional zero points would have 0.64.
 """
 
 from __future__ import annotations
@@ -21,29 +24,28 @@ FIRST_BETA, BETA_GROWTH = 10.0, 1.2
 are measured in steps of the grid, so that one value suits every layer."""
 
 NUM_ITERATIONS = 8
-SHARES = (1.0, 0.9, 0.8, 0.7)
-"""Shares of the full range to start from."""
+MARGIN = 0.5
+"""Steps of the grid that a weight may lie outside."""
 
 
 def solve_grid(weights: torch.Tensor, levels: LevelSet) -> Grid:
-    """The best grid found for each group of ``weights [..., group_size]``; integer levels only."""
-    low, high = weights.amin(-1), weights.amax(-1)
-    best = levels.span(low, high)
-    least = _cost(weights, best)
-    for share in SHARES:
-        grid = levels.span(low * share, high * share)
-        beta = FIRST_BETA
-        for _ in range(NUM_ITERATIONS):
-            cost = _cost(weights, grid)
-            better = cost < least
-            least = torch.where(better, cost, least)
-            best = Grid(
-                torch.where(better, grid.scales, best.scales),
-                torch.where(better, grid.zero_points, best.zero_points),
-                levels,
-            )
-            grid = _improve(weights, grid, beta)
-            beta *= BETA_GROWTH
+    """The best grid found for each group of ``weights [..., group_size]``: integers with a zero
+    point. The grid that spans the group is the first that is tried."""
+    low, high = weights.amin(-1).clamp(max=0), weights.amax(-1).clamp(min=0)
+    best = grid = levels.span(low, high)
+    least = _cost(weights, grid)
+    beta = FIRST_BETA
+    for _ in range(NUM_ITERATIONS):
+        grid = _widened(_fitted(weights, grid, beta), low, high)
+        cost = _cost(weights, grid)
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best = Grid(
+            torch.where(better, grid.scales, best.scales),
+            torch.where(better, grid.zero_points, best.zero_points),
+            levels,
+        )
+        beta *= BETA_GROWTH
     return best
 
 
@@ -53,10 +55,9 @@ def _cost(weights: torch.Tensor, grid: Grid) -> torch.Tensor:
     return values.sub_(weights).abs_().pow_(POWER).sum(-1)
 
 
-def _improve(weights: torch.Tensor, grid: Grid, beta: float) -> Grid:
+def _fitted(weights: torch.Tensor, grid: Grid, beta: float) -> Grid:
     """One round: the error is split in two, zero point and scale are fitted to what is left."""
-    scales = grid.scales[..., None]
-    units = weights / scales
+    units = weights / grid.scales[..., None]
     found = grid.snap_(units.clone())
     error = units - found
     size = error.abs()
@@ -66,7 +67,14 @@ def _improve(weights: torch.Tensor, grid: Grid, beta: float) -> Grid:
     zero_points = zero_points.round_().clamp_(0, (1 << grid.levels.bits) - 1)
     moved = found + (grid.zero_points - zero_points)[..., None]
     energy = moved.square().sum(-1)
-    factor = (target * moved).sum(-1) / energy.clamp(min=1)
-    fitted = (grid.scales * factor).clamp(min=MIN_SCALE)
-    fitted = torch.where(energy > 0, fitted, grid.scales)
-    return Grid(grid.levels.stored(fitted), zero_points, grid.levels)
+    factor = torch.where(energy > 0, (target * moved).sum(-1) / energy.clamp(min=1), 1.0)
+    return Grid(grid.scales * factor, zero_points, grid.levels)
+
+
+def _widened(grid: Grid, low: torch.Tensor, high: torch.Tensor) -> Grid:
+    """The grid with stored scales that reach ``low`` and ``high`` but for the margin."""
+    top = (1 << grid.levels.bits) - 1
+    below = -low / (grid.zero_points + MARGIN)
+    above = high / (top + MARGIN - grid.zero_points)
+    scales = torch.maximum(grid.scales, torch.maximum(below, above)).clamp(min=MIN_SCALE)
+    return Grid(grid.levels.stored(scales), grid.zero_points, grid.levels)

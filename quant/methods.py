@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
 
 import torch
 
 from qserve.kernels.activations import MAX_FLOAT8, Activations
+from qserve.quant.errors import OptionError
 from qserve.quant.formats.bitsandbytes import CODEBOOKS
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.grid import ChooseGrid, LevelSet, Zero, grid_over_all
 from qserve.quant.half_quadratic import solve_grid
-from qserve.quant.options import GROUP_SIZES, Method, QuantizeOptions, Rounding
+from qserve.quant.options import GROUP_SIZES, Effort, Method, QuantizeOptions
+from qserve.quant.steps import Range, Rounding, Steps, Transform
 
 WHOLE_ROW = -1
 """The group size of one scale for each output."""
 
 ROWS = (WHOLE_ROW,)
+ORDERED = (OutputFormat.GPTQ, OutputFormat.GPTQ_V2)
+"""Formats that hold groups of inputs in any order."""
+
+UNSCALED = Steps(Transform.NONE)
 INT8 = LevelSet(8, Zero.CENTERED, scale_dtype=torch.float32)
 
 
-class Transform(Enum):
-    """What is done to the inputs of a stage, and undone in the layer before it."""
-
-    NONE = "none"
-
-    SCALE = "scale"
-    """Scales that make the weights easier to round."""
-
-    SMOOTH = "smooth"
-    """Scales that share the difficulty of rounding between weights and activations."""
+PUBLISHED = {
+    Method.AWQ: Steps(Transform.PUBLISHED_SCALE, Range.SHRUNK, Rounding.NEAREST),
+    Method.GPTQ: Steps(Transform.NONE, Range.FULL, Rounding.PUBLISHED_FEEDBACK),
+    Method.INT4: Steps(Transform.NONE, Range.FULL, Rounding.PUBLISHED_FEEDBACK),
+    Method.SMOOTHQUANT: Steps(Transform.PUBLISHED_SMOOTH, Range.FULL, Rounding.NEAREST),
+    Method.QOQ: Steps(Transform.PUBLISHED_SMOOTH, Range.SHRUNK, Rounding.NEAREST),
+}
+"""The steps of the methods that other tools run with text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +49,39 @@ class Profile:
     group_sizes: tuple[int, ...]
     output: OutputFormat
     calibrated: bool = True
-    transform: Transform = Transform.SCALE
-    rounding: Rounding = Rounding.FEEDBACK
+    steps: Steps = Steps()
     activations: Activations | None = None
     choose_grid: ChooseGrid = grid_over_all
 
 
 def profile_of(options: QuantizeOptions) -> Profile:
-    """The profile that the options ask for."""
+    """The profile that the options ask for.
+
+    Raises ``OptionError`` for an activation order that the method or the format does not have.
+    """
     profile = _BUILDERS[options.method](options)
     if options.output is not None:
         profile = replace(profile, output=options.output)
-    return replace(profile, rounding=options.rounding)
+    if options.activation_order:
+        _check_order(options.method, profile)
+    steps = profile.steps
+    if options.effort is Effort.FAST:
+        steps = replace(steps, rounding=Rounding.NEAREST)
+    elif options.effort is Effort.PLAIN:
+        profile = replace(profile, calibrated=options.method in PUBLISHED)
+        steps = PUBLISHED.get(options.method, steps)
+    steps = replace(steps, damping=options.damping, activation_order=options.activation_order)
+    return replace(profile, steps=steps)
+
+
+def _check_order(method: Method, profile: Profile) -> None:
+    if not profile.calibrated:
+        raise OptionError(f"activation order: {method.value} reads no text that would tell it")
+    if profile.output not in ORDERED:
+        raise OptionError(
+            f"activation order: {profile.output.value} does not hold it, "
+            f"{' and '.join(output.value for output in ORDERED)} do: choose one, or leave it out"
+        )
 
 
 def _awq(options: QuantizeOptions) -> Profile:
@@ -74,7 +98,7 @@ def _int4(options: QuantizeOptions) -> Profile:
 
 
 def _rtn(options: QuantizeOptions) -> Profile:
-    return replace(_awq(options), calibrated=False, transform=Transform.NONE)
+    return replace(_awq(options), calibrated=False)
 
 
 def _hqq(options: QuantizeOptions) -> Profile:
@@ -87,20 +111,18 @@ def _qoq(_: QuantizeOptions) -> Profile:
         LevelSet(scale_dtype=torch.float32, progressive=True),
         GROUP_SIZES,
         OutputFormat.QOQ,
-        transform=Transform.SMOOTH,
+        steps=Steps(Transform.SMOOTH),
         activations=Activations.INT8_TOKEN,
     )
 
 
 def _int8(_: QuantizeOptions) -> Profile:
     sizes = (*ROWS, *GROUP_SIZES)
-    return Profile(INT8, sizes, OutputFormat.COMPRESSED_TENSORS, transform=Transform.NONE)
+    return Profile(INT8, sizes, OutputFormat.COMPRESSED_TENSORS, steps=UNSCALED)
 
 
 def _llm_int8(_: QuantizeOptions) -> Profile:
-    return Profile(
-        INT8, ROWS, OutputFormat.BITSANDBYTES, calibrated=False, transform=Transform.NONE
-    )
+    return Profile(INT8, ROWS, OutputFormat.BITSANDBYTES, calibrated=False)
 
 
 def _smoothquant(_: QuantizeOptions) -> Profile:
@@ -108,7 +130,7 @@ def _smoothquant(_: QuantizeOptions) -> Profile:
         INT8,
         ROWS,
         OutputFormat.COMPRESSED_TENSORS,
-        transform=Transform.SMOOTH,
+        steps=Steps(Transform.SMOOTH),
         activations=Activations.INT8_TOKEN,
     )
 
@@ -127,7 +149,7 @@ def _float8(options: QuantizeOptions) -> Profile:
         LevelSet(8, codebook=tuple(table.tolist()), scale_dtype=torch.float32),
         ROWS,
         OutputFormat.COMPRESSED_TENSORS,
-        transform=Transform.NONE,
+        steps=UNSCALED,
         activations=Activations.FLOAT8_TOKEN if dynamic else None,
     )
 

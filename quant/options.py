@@ -9,6 +9,7 @@ from pathlib import Path
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.overrides import FLOAT_BITS, Override
+from qserve.quant.steps import DEFAULT_DAMPING
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that every reader of the AWQ format takes, coarsest first."""
@@ -87,15 +88,18 @@ class CalibrationSource(Enum):
     """Text that the model itself writes, sampled at temperature 1."""
 
 
-class Rounding(Enum):
-    """How AWQ picks a code for each weight once scales and ranges are known."""
+class Effort(Enum):
+    """How much is done for the quality of the methods that read text."""
 
-    NEAREST = "nearest"
-    """The nearest one, as in the paper."""
+    FULL = "full"
+    """Every step that loses less."""
 
-    FEEDBACK = "feedback"
-    """What rounding one input does wrong is made up for by the inputs after it, then codes and
-    group scales are improved in turn (GPTQ, coordinate descent, refit): free at run time."""
+    FAST = "fast"
+    """Scales and ranges are searched, codes are the nearest."""
+
+    PLAIN = "plain"
+    """The method as it was published and as other tools run it, to compare with; for those that
+    other tools run without text, rounding to nearest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,11 @@ class QuantizeOptions:
     group_size: inputs that share a scale, -1 for all of a row; None takes the coarsest that the
         method's format has and that divides every layer.
     output: the format to write; None takes the method's own.
-    rounding: of the methods that read text.
+    effort: of the methods that read text.
+    damping: share of its mean diagonal that error feedback adds to the Gram matrix of the inputs
+        of a layer; ten times as much as often as that is needed.
+    activation_order: groups collect inputs by falling importance, as GPTQ's ``desc_act``; only for
+        GPTQ's formats, where it costs speed at run time.
     calibration: a UTF-8 text file, or one of the sources that need no file. RTN reads none.
     num_samples, seq_len: calibration windows and their length in tokens.
     overrides: what single layers get instead of ``bits`` and ``group_size``; layers that serving
@@ -124,7 +132,9 @@ class QuantizeOptions:
     bits: int | None = None
     group_size: int | None = None
     output: OutputFormat | None = None
-    rounding: Rounding = Rounding.FEEDBACK
+    effort: Effort = Effort.FULL
+    damping: float = DEFAULT_DAMPING
+    activation_order: bool = False
     calibration: Path | CalibrationSource = CalibrationSource.BUILT_IN
     num_samples: int = 32
     seq_len: int = 512
@@ -140,6 +150,8 @@ class QuantizeOptions:
         for name in ("num_samples", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} {getattr(self, name)}: expected a positive number")
+        if not 0 < self.damping <= 1:
+            raise OptionError(f"damping {self.damping}: expected a share above 0 and up to 1")
         if self.seq_len < 2:
             raise OptionError(f"seq_len {self.seq_len}: expected at least 2 tokens")
         for pattern in self.ignore:

@@ -3,7 +3,8 @@
 All functions take a weight W ``[N, K]``, the Gram matrix H ``[K, K]`` of its inputs and a grid
 ``[N, G]``, and give levels ``[N, G, group_size]`` that make ``tr((V - W) H (V - W)^T)`` small. The
 columns are visited by falling ``diag(H)``, the inputs that matter most first; as the grid is fixed
-beforehand, the order leaves no trace in what is stored.
+beforehand, the order leaves no trace in what is stored. damping: share of the mean diagonal that is
+added to H first.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 
 from qserve.quant.grid import Grid, snapper
 
-DAMPING = 0.01
-"""Share of the mean diagonal added to H: the text never shows the whole truth about the inputs."""
+DAMPING_GROWTH = 10.0
+"""How much more is tried when H with the damping asked for cannot be factored."""
 
 COLUMNS_AT_ONCE = 64
 """Columns whose effect on the later ones is applied in one matrix product."""
@@ -60,14 +61,45 @@ class _Columns:
         return natural.T.reshape(num_rows, num_groups, -1)
 
 
-def _in_visiting_order(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> _Columns:
-    diagonal = gram.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    damped = gram[order][:, order]
-    damped.diagonal().add_(DAMPING * diagonal.mean())
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """H with ``damping`` times its mean diagonal added to the diagonal."""
+    result = gram.clone()
+    result.diagonal().add_(damping * gram.diagonal().mean())
+    return result
+
+
+def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """The upper triangular U with ``U^T U = H^-1``.
+
+    Raises ``ValueError`` when float32 does not hold H as positive definite.
+    """
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not failed:
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if failed:
+        raise ValueError("the Gram matrix is not positive definite: expected more damping")
+    upper: torch.Tensor = factor
+    return upper
+
+
+def sufficient_damping(gram: torch.Tensor, damping: float) -> float:
+    """The first of ``damping``, 10 times that and so on with which H can be factored."""
+    while True:
+        try:
+            inverse_factor(damped(gram, damping))
+        except ValueError:
+            damping *= DAMPING_GROWTH
+        else:
+            return damping
+
+
+def _in_visiting_order(
+    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, damping: float
+) -> _Columns:
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     return _Columns(
         weight=weight.T[order].contiguous(),
-        gram=damped,
+        gram=damped(gram, damping)[order][:, order],
         order=order,
         scales=grid.scales.T.contiguous(),
         snap_=[snapper(grid.levels, zeros) for zeros in grid.zero_points.T.contiguous()],
@@ -75,14 +107,15 @@ def _in_visiting_order(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> 
     )
 
 
-def feed_errors_back(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.Tensor:
+def feed_errors_back(
+    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, damping: float
+) -> torch.Tensor:
     """Levels found column by column, the error of each taken up by the columns still to come.
 
     (GPTQ, Frantar et al. 2022, algorithm 1, with the groups fixed beforehand.)
     """
-    columns = _in_visiting_order(weight, gram, grid)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(columns.gram))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    columns = _in_visiting_order(weight, gram, grid, damping)
+    factor = inverse_factor(columns.gram)
     pivots = factor.diagonal().tolist()
     remaining = columns.weight
     num_columns, num_rows = remaining.shape
@@ -100,13 +133,18 @@ def feed_errors_back(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> to
 
 
 def descend(
-    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, levels: torch.Tensor, num_passes: int
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    grid: Grid,
+    levels: torch.Tensor,
+    num_passes: int,
+    damping: float,
 ) -> torch.Tensor:
     """Levels improved by coordinate descent: each column to its best level given all the others.
 
     No pass makes the (damped) error larger.
     """
-    columns = _in_visiting_order(weight, gram, grid)
+    columns = _in_visiting_order(weight, gram, grid, damping)
     current = (levels * grid.scales[..., None]).flatten(1).T[columns.order].contiguous()
     gradient = columns.gram @ (current - columns.weight)  # half of it, [K, N]
     diagonal = columns.gram.diagonal().tolist()

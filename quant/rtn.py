@@ -12,9 +12,9 @@ from qserve.quant.block_result import BlockResult
 from qserve.quant.decoder import Block
 from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.grid import ChooseGrid, Rounded, grid_over_all, nearest_levels
-from qserve.quant.options import Rounding
 from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport
+from qserve.quant.steps import Rounding
 
 
 def quantize_block(

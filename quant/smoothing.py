@@ -20,6 +20,7 @@ from qserve.quant.scaling import HeadSharing, ScaleChoice, scale_from_logs
 
 INPUT_EXPONENTS = tuple(i / 10 for i in range(11))
 WEIGHT_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+PUBLISHED_EXPONENTS = (0.5, 0.5)
 
 NUM_ROWS = 256
 """Evenly spread outputs that judge a candidate."""
@@ -56,6 +57,12 @@ class SmoothSearch:
         errors = {point: self._error(self.scale_at(*point)) for point in points}
         best = min(errors, key=errors.__getitem__)  # the first of equals: no scaling
         return ScaleChoice(self.scale_at(*best), *best, errors[best], errors[points[0]])
+
+    def published(self) -> ScaleChoice:
+        """The exponents that SmoothQuant fixes, whatever they do here."""
+        scale = self.scale_at(*PUBLISHED_EXPONENTS)
+        unscaled = self._error(torch.ones_like(scale))
+        return ScaleChoice(scale, *PUBLISHED_EXPONENTS, self._error(scale), unscaled)
 
     def scale_at(self, input_exponent: float, weight_exponent: float) -> torch.Tensor:
         """``max|x|^a / max|w|^b``, shared where it must be."""

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from qserve.quant.options import DEFAULT_SHARD_BYTES, Method, Rounding
+from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Method
+from qserve.quant.steps import DEFAULT_DAMPING
 
 BUILT_IN, SELF, TOPICS = "builtin", "self", "python-topics"
 
@@ -62,7 +63,15 @@ class QuantizeSection(Section):
     group_size: int | None = Field(
         default=None, description="Inputs that share a scale, -1 for a row; the coarsest that fits."
     )
-    rounding: Rounding = Field(default=Rounding.FEEDBACK, description="How a code is picked.")
+    effort: Effort = Field(
+        default=Effort.FULL, description="`plain` is the method as published, `fast` stops early."
+    )
+    damping: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=DEFAULT_DAMPING, description="Added to the Gram matrix of error feedback."
+    )
+    act_order: bool = Field(
+        default=False, description="Groups of inputs by importance, in GPTQ's formats."
+    )
     overrides: tuple[OverrideSection, ...] = Field(
         default=(), description="Other settings for some layers; the later counts."
     )

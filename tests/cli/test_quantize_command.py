@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +73,19 @@ def test_self_written_calibration_is_possible(
     assert time.startswith("quantizing: ")
 
 
-def test_rounding_to_nearest_gives_other_codes_than_feedback(
+def test_every_effort_gives_other_codes(
     tiny_llama: Path, out: Path, qserve: Callable[..., Any]
 ) -> None:
     enough = ("--samples", "8", "--seq-len", "128")  # less text than inputs allows no feedback
     codes = []
-    for rounding in ("nearest", "feedback"):
-        folder = out / rounding
-        done = qserve("quantize", tiny_llama, "-o", folder, "--rounding", rounding, *enough)
+    for effort in (("--fast",), ("--plain",), ()):
+        folder = out / "".join(effort or ("full",))
+        done = qserve("quantize", tiny_llama, "-o", folder, *effort, *enough)
         assert done.code == ExitCode.OK
         weight = Checkpoint(folder).linear(LAYER)
         assert isinstance(weight, GroupedWeight)
         codes.append(weight.codes)
-    assert not torch.equal(*codes)
+    assert not any(torch.equal(a, b) for a, b in combinations(codes, 2))
 
 
 def test_ignored_layers_stay_in_16_bits(
@@ -150,7 +151,9 @@ OPTIONS = {
         ExitCode.USAGE,
         r"self_attn.o_proj \(matches 'o_proj'\): AWQ gemm holds 4-bit codes",
     ),
-    "rounding": (("--rounding", "up"), ExitCode.USAGE, "'up' is not one of"),
+    "two efforts": (("--plain", "--fast"), ExitCode.USAGE, "contradict each other"),
+    "damping": (("--damping", "0"), ExitCode.USAGE, "0 is not in the range"),
+    "order": (("--awq", "--act-order"), ExitCode.USAGE, "awq does not hold it"),
     "unknown option": (("--ggml",), ExitCode.USAGE, "--ggml"),
     "two methods": (("--gptq", "--method", "awq"), ExitCode.USAGE, "contradict each other"),
     "bits of the method": (("--gptq", "--bits", "5"), ExitCode.USAGE, "4 or 3 or 2 or 8-bit"),

@@ -14,12 +14,12 @@ from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import CheckpointError
 from qserve.quant.methods import profile_of
-from qserve.quant.options import QuantizeOptions, Rounding
+from qserve.quant.options import Effort, QuantizeOptions
 from qserve.quant.plan import Plan, make_plan
 
 HiddenStates = Callable[[Decoder], torch.Tensor]
 
-OPTIONS = QuantizeOptions(group_size=32, rounding=Rounding.NEAREST)
+OPTIONS = QuantizeOptions(group_size=32, effort=Effort.FAST)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_errors_are_fed_back_where_the_text_is_long_enough(
     hidden = hidden_states(decoder)  # 288 tokens; 64 inputs need 256 of them, 128 need 512
     nearest = quantized_block(decoder, plan, hidden.clone())[1]
     block = decoder.block(0, hidden.shape[1])
-    options = replace(OPTIONS, rounding=Rounding.FEEDBACK)
+    options = replace(OPTIONS, effort=Effort.FULL)
     feedback = CalibratedQuantizer(hidden, plan, profile_of(options)).quantize_block(block)
     for layer, alone in zip(feedback.layers, nearest.layers, strict=True):
         assert alone.rounding == "nearest"

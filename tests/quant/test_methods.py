@@ -11,10 +11,11 @@ from qserve.kernels.activations import Activations
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.decoder import Decoder
+from qserve.quant.errors import OptionError
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.registry import OutputFormat
-from qserve.quant.methods import profile_of
-from qserve.quant.options import Method, QuantizeOptions, Rounding
+from qserve.quant.methods import PUBLISHED, profile_of
+from qserve.quant.options import Effort, Method, QuantizeOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.plan import make_plan
 from qserve.quant.storage import as_stored
@@ -155,11 +156,54 @@ def test_feedback_loses_less_than_rounding_to_nearest(method: Method, tiny_llama
     decoder = Decoder(Checkpoint(tiny_llama))
     windows = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(1))
     errors = []
-    for rounding in (Rounding.NEAREST, Rounding.FEEDBACK):
-        options = options_for(method, rounding=rounding)
+    for effort in (Effort.FAST, Effort.FULL):
+        options = options_for(method, effort=effort)
         hidden = as_stored(decoder.embed(windows))
         plan = make_plan(decoder, options)
         quantizer = CalibratedQuantizer(hidden, plan, profile_of(options))
         result = quantizer.quantize_block(decoder.block(0, 64))
         errors.append(sum(layer.error for layer in result.layers))
     assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("method", [*PUBLISHED, Method.INT8], ids=lambda method: method.value)
+def test_methods_can_be_run_as_they_were_published(
+    method: Method, tiny_llama: Path, tmp_path: Path
+) -> None:
+    options = options_for(method, effort=Effort.PLAIN)
+    report = quantize(Checkpoint(tiny_llama), tmp_path, options, lambda _: None)
+    assert Checkpoint(tmp_path).method == CHECKPOINTS[method]
+    has_steps = method in PUBLISHED
+    assert (report.calibration is not None) == has_steps
+    roundings = {layer.rounding for layer in report.layers}
+    assert roundings == {PUBLISHED[method].rounding.value if has_steps else "nearest"}
+
+
+@pytest.mark.parametrize("effort", Effort, ids=lambda effort: effort.value)
+def test_activation_order_is_stored_with_the_groups_of_its_inputs(
+    effort: Effort, tiny_llama: Path, tmp_path: Path
+) -> None:
+    options = options_for(Method.GPTQ, group_size=32, effort=effort, activation_order=True)
+    quantize(Checkpoint(tiny_llama), tmp_path, options, lambda _: None)
+    written = Checkpoint(tmp_path)
+    assert written.quantization_config is not None
+    assert written.quantization_config["desc_act"] is True
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    orders = []
+    for name in names:
+        weight = written.linear(name)
+        assert isinstance(weight, GroupedWeight) and weight.input_order is not None
+        orders.append(weight.input_order.tolist())
+        original = Checkpoint(tiny_llama).linear(name)
+        assert isinstance(original, torch.Tensor)
+        stored, original = weight.dequantize(), original.float()
+        scale = (stored * original).sum(0) / original.square().sum(0)
+        assert float((stored / scale - original).norm() / original.norm()) < 0.3
+    assert orders[0] == orders[1] == orders[2] != sorted(orders[0])
+
+
+def test_activation_order_needs_a_format_that_holds_it() -> None:
+    with pytest.raises(OptionError, match="activation order: awq does not hold it"):
+        profile_of(QuantizeOptions(activation_order=True))
+    with pytest.raises(OptionError, match="activation order: rtn reads no text"):
+        profile_of(QuantizeOptions(Method.RTN, output=OutputFormat.GPTQ_V2, activation_order=True))

@@ -10,11 +10,18 @@ import torch
 from qserve.quant.codes import choose_codes
 from qserve.quant.grid import Grid, LevelSet, grid_over_all, nearest_levels
 from qserve.quant.objective import GramMatrix, output_errors
-from qserve.quant.options import Rounding
 from qserve.quant.refit import refit_scales
-from qserve.quant.rounding import DAMPING, descend, feed_errors_back
+from qserve.quant.rounding import (
+    damped,
+    descend,
+    feed_errors_back,
+    inverse_factor,
+    sufficient_damping,
+)
+from qserve.quant.steps import DEFAULT_DAMPING, Rounding, Steps
 
 GROUP_SIZE = 32
+DAMPING = DEFAULT_DAMPING
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,11 +52,6 @@ def errors(
     return output_errors((levels * grid.scales[..., None]).flatten(1) - weight, gram)
 
 
-def damped(gram: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix that the rounding functions work with."""
-    return gram + DAMPING * gram.diagonal().mean() * torch.eye(len(gram))
-
-
 def assert_on_grid(grid: Grid, levels: torch.Tensor) -> None:
     """Every level is a code of the grid minus its zero point."""
     codes = levels + grid.zero_points[..., None]
@@ -59,7 +61,7 @@ def assert_on_grid(grid: Grid, levels: torch.Tensor) -> None:
 
 def test_feeding_errors_back_beats_rounding_each_weight_alone() -> None:
     weight, gram, grid, nearest = problem()
-    levels = feed_errors_back(weight, gram, grid)
+    levels = feed_errors_back(weight, gram, grid, DAMPING)
     assert_on_grid(grid, levels)
     found, alone = errors(weight, gram, grid, levels), errors(weight, gram, grid, nearest)
     assert float(found.sum()) < 0.5 * float(alone.sum())
@@ -68,7 +70,7 @@ def test_feeding_errors_back_beats_rounding_each_weight_alone() -> None:
 def test_feedback_is_the_published_recursion() -> None:
     weight, gram, grid, _ = problem(96)
     order = gram.diagonal().argsort(descending=True)
-    hessian = damped(gram)[order][:, order].double()
+    hessian = damped(gram, DAMPING)[order][:, order].double()
     values = weight[:, order].double()
     expected = torch.empty_like(values)
     scales = grid.scales.double().repeat_interleave(GROUP_SIZE, 1)[:, order]
@@ -80,7 +82,7 @@ def test_feedback_is_the_published_recursion() -> None:
         expected[:, i] = torch.minimum(torch.maximum(code, -zeros[:, i]), 15 - zeros[:, i])
         error = (values[:, i] - expected[:, i] * scales[:, i]) / inverse[0, 0]
         values[:, i:] -= error[:, None] * inverse[0]
-    found = feed_errors_back(weight, gram, grid).flatten(1)[:, order]
+    found = feed_errors_back(weight, gram, grid, DAMPING).flatten(1)[:, order]
     # A tie in float32 may fall to the other side and then sends its row another way.
     assert float((found == expected).all(1).double().mean()) > 0.9
 
@@ -88,18 +90,18 @@ def test_feedback_is_the_published_recursion() -> None:
 def test_without_correlation_every_weight_is_rounded_to_the_nearest() -> None:
     weight, _, grid, nearest = problem()
     gram = torch.diag(normal(160).exp())
-    assert torch.equal(feed_errors_back(weight, gram, grid), nearest)
-    assert torch.equal(descend(weight, gram, grid, nearest, 3), nearest)
+    assert torch.equal(feed_errors_back(weight, gram, grid, DAMPING), nearest)
+    assert torch.equal(descend(weight, gram, grid, nearest, 3, DAMPING), nearest)
 
 
 def test_no_pass_of_descent_makes_a_row_worse() -> None:
     weight, gram, grid, levels = problem()
-    before = errors(weight, damped(gram), grid, levels)
+    before = errors(weight, damped(gram, DAMPING), grid, levels)
     first = before
     for _ in range(4):
-        levels = descend(weight, gram, grid, levels, 1)
+        levels = descend(weight, gram, grid, levels, 1, DAMPING)
         assert_on_grid(grid, levels)
-        after = errors(weight, damped(gram), grid, levels)
+        after = errors(weight, damped(gram, DAMPING), grid, levels)
         assert bool((after <= before * (1 + 1e-5)).all())
         before = after
     assert float(before.sum()) < 0.6 * float(first.sum())
@@ -107,22 +109,22 @@ def test_no_pass_of_descent_makes_a_row_worse() -> None:
 
 def test_descent_ends_where_no_single_code_can_be_improved() -> None:
     weight, gram, grid, levels = problem(64)
-    levels = descend(weight, gram, grid, levels, 30)
-    reached = errors(weight, damped(gram), grid, levels)
+    levels = descend(weight, gram, grid, levels, 30, DAMPING)
+    reached = errors(weight, damped(gram, DAMPING), grid, levels)
     for column, change in itertools.product(range(64), (-1, 1)):
         tried = levels.clone()
         tried[:, column // GROUP_SIZE, column % GROUP_SIZE] += change
         codes = tried + grid.zero_points[..., None]
         allowed = ((codes >= 0) & (codes <= 15)).flatten(1).all(1)
-        better = errors(weight, damped(gram), grid, tried) < reached * (1 - 1e-5)
+        better = errors(weight, damped(gram, DAMPING), grid, tried) < reached * (1 - 1e-5)
         assert not bool((better & allowed).any()), column
 
 
 def test_two_passes_are_one_after_the_other() -> None:
     weight, gram, grid, levels = problem()
-    once = descend(weight, gram, grid, levels, 1)
-    again = descend(weight, gram, grid, once, 1)
-    both = descend(weight, gram, grid, levels, 2)
+    once = descend(weight, gram, grid, levels, 1, DAMPING)
+    again = descend(weight, gram, grid, once, 1, DAMPING)
+    both = descend(weight, gram, grid, levels, 2, DAMPING)
     assert float((again == both).double().mean()) > 0.999
 
 
@@ -169,9 +171,44 @@ def test_the_steps_together_beat_a_searched_range_alone(num_inputs: int) -> None
     found = {
         rounding: float(
             output_errors(
-                choose_codes(weight, gram, GROUP_SIZE, LevelSet(), rounding).values() - weight, gram
+                choose_codes(
+                    weight, gram, GROUP_SIZE, LevelSet(), Steps(rounding=rounding)
+                ).values()
+                - weight,
+                gram,
             ).sum()
         )
         for rounding in Rounding
     }
     assert found[Rounding.FEEDBACK] < 0.6 * found[Rounding.NEAREST]
+    assert found[Rounding.FEEDBACK] < 0.9 * found[Rounding.PUBLISHED_FEEDBACK]
+
+
+def test_groups_of_important_inputs_suit_them_at_least_as_well() -> None:
+    weight, gram, _, _ = problem()
+    steps = Steps(activation_order=True)
+    found = choose_codes(weight, gram, GROUP_SIZE, LevelSet(), steps)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    assert found.input_order is not None and torch.equal(found.input_order, order)
+    packed = found.pack()
+    torch.testing.assert_close(packed.dequantize(), found.values(), rtol=2e-3, atol=1e-6)
+    error = output_errors(found.values() - weight, gram).sum()
+    nearest = output_errors(
+        choose_codes(
+            weight, gram, GROUP_SIZE, LevelSet(), Steps(rounding=Rounding.NEAREST)
+        ).values()
+        - weight,
+        gram,
+    ).sum()
+    assert float(error / nearest) < 0.6
+
+
+def test_damping_grows_until_the_gram_matrix_can_be_factored() -> None:
+    few = normal(3, 64)  # rank 3 of 64: not definite
+    gram = few.T @ few * 1e4
+    with pytest.raises(ValueError, match="not positive definite"):
+        inverse_factor(damped(gram, 1e-9))
+    found = sufficient_damping(gram, 1e-9)
+    assert found > 1e-9
+    assert bool(torch.isfinite(inverse_factor(damped(gram, found))).all())
+    assert sufficient_damping(correlated_gram(64), DAMPING) == DAMPING
