@@ -26,6 +26,7 @@ from qserve.kernels.dense_matmul import prepare
 from qserve.kernels.int8_matmul import quantize_int8
 from qserve.kernels.kv_cache import KvFormat, LayerCache
 from qserve.kernels.packed_weight import PackedWeight, multiply
+from qserve.kernels.soft_cap import soft_cap
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.windows import python_topics, read_text, spread_windows, tokenize
 from qserve.serve.batch import Batch
@@ -72,11 +73,14 @@ WAYS = (
 )
 
 
-class Hidden:
-    """In place of a head: gives what the head would get."""
+class HeadInput:
+    """In place of a head: keeps what the head would get, and computes nothing."""
+
+    states: torch.Tensor
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        return x
+        self.states = x
+        return out
 
 
 class Engine:
@@ -108,18 +112,21 @@ class Engine:
             sample_rows=places.long(),
         )
         model.embed(token_ids)
-        return model.compute(batch, caches).clone()
+        model.compute(batch, caches)
+        return cast(HeadInput, model.head).states.clone()
 
     def log_probs(self, way: Way, hidden: torch.Tensor) -> torch.Tensor:
         """Log probabilities of the next token for some positions."""
         logits = multiply(hidden, self._head(way.head_group), activations=way.head_activations)
+        if self.config.logit_soft_cap is not None:
+            soft_cap(logits, self.config.logit_soft_cap, out=logits)
         return torch.log_softmax(logits, 1, dtype=torch.float32)
 
     def _load(self, activations: Activations) -> LlamaModel:
         reader = WeightReader(self._checkpoint, activations)
         limits = Limits(1, self._length, self._length)
         model = LlamaModel(self.config, reader, self._layer, limits)
-        model.head = cast(Linear, Hidden())
+        model.head = cast(Linear, HeadInput())
         return model
 
     def _prepare_head(self, group: int | None) -> PackedWeight:

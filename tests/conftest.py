@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qserve.cli.main import run
+
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -111,3 +113,12 @@ def make_tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
 def tiny_llama(make_tiny_llama: MakeLlama) -> Path:
     """A 2-layer bfloat16 Llama with tokenizer and chat template; ids 2 and 0 end. Read only."""
     return make_tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def rtn_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model rounded to nearest in groups of 32. Do not write to it."""
+    folder = tmp_path_factory.mktemp("rtn") / "tiny-rtn"
+    arguments = ["quantize", str(tiny_llama), "--rtn", "--group-size", "32", "-o", str(folder)]
+    assert run(arguments) == 0
+    return folder

@@ -1,4 +1,4 @@
-"""The command line as the tests of its commands use it, and a small quantized checkpoint."""
+"""The command line as the tests of its commands use it."""
 
 from __future__ import annotations
 
@@ -46,12 +46,3 @@ def qserve(
         return Outcome(code, *capsys.readouterr())
 
     return call
-
-
-@pytest.fixture(scope="session")
-def rtn_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model rounded to nearest in groups of 32. Do not write to it."""
-    folder = tmp_path_factory.mktemp("rtn") / "tiny-rtn"
-    arguments = ["quantize", str(tiny_llama), "--rtn", "--group-size", "32", "-o", str(folder)]
-    assert run(arguments) == 0
-    return folder
