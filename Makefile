@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 
-.PHONY: setup demo test test-all check bench gpu docs conformance clean
+.PHONY: setup demo test test-all check sanitize bench gpu docs conformance clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -40,6 +40,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The native kernels on random shapes under AddressSanitizer and UndefinedBehaviorSanitizer: minutes to build, no Python.
+sanitize:
+	cmake -S . -B build/sanitize -DQSERVE_PYTHON=OFF -DQSERVE_SANITIZE=ON
+	cmake --build build/sanitize --parallel $$(nproc)
+	for family in rows attention products; do build/sanitize/tests/native/fuzz_$$family || exit 1; done
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
