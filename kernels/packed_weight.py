@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class PackedWeight:
 
     nbytes: memory the layout takes, all of which a product reads. run: writes the product of its
     first argument to its second; both are checked by ``multiply`` before. native: the layout on a
-    CPU.
+    CPU. arrange: on a GPU, the ``TiledProduct`` with rows, which an op may launch in another way.
     """
 
     in_features: int
@@ -32,6 +33,7 @@ class PackedWeight:
     backend: Backend
     run: Callable[[torch.Tensor, torch.Tensor, Activations], None]
     native: NativeWeight | None = None
+    arrange: Callable[[torch.Tensor, Activations], Any] | None = None
 
 
 def from_native(native: NativeWeight) -> PackedWeight:

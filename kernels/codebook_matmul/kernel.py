@@ -18,11 +18,11 @@ from qserve.kernels.gpu_target import gpu_target
 from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.quantize_tokens.kernel import round_tokens
 from qserve.kernels.tiled_matmul.kernel import (
+    TiledProduct,
     TiledWeight,
     check_half,
     load_inputs,
     pack_tiles,
-    run,
 )
 from qserve.kernels.tiled_matmul.launch import MatmulProblem
 
@@ -35,7 +35,7 @@ def prepare(
 ) -> PackedWeight:
     """``weight`` on ``device`` as its tiles read it. Raises what ``pack_codebook`` raises."""
     product = CodebookProduct(weight, device, bias)
-    return pack_tiles(weight, product.weight, product.run)
+    return pack_tiles(weight, product.weight, product.arrange)
 
 
 class CodebookProduct:
@@ -51,8 +51,8 @@ class CodebookProduct:
         self._codebook = packed.codebook
         self._shape = (weight.out_features, weight.in_features, packed.group_size)
 
-    def run(self, x: torch.Tensor, out: torch.Tensor, activations: Activations) -> None:
-        """Writes the product with float16 or bfloat16 rows ``x`` to ``out``.
+    def arrange(self, x: torch.Tensor, activations: Activations) -> TiledProduct:
+        """The product with float16 or bfloat16 rows ``x``.
 
         Values of the codebook are rounded to the dtype of ``x``. Raises ``TypeError`` for rows of
         another dtype.
@@ -61,7 +61,7 @@ class CodebookProduct:
         rows, scales = round_tokens(x, activations)
         problem = MatmulProblem(x.shape[0], *self._shape, x.dtype)
         launch = codebook_launch(problem, gpu_target(x.device), self._codebook)
-        run(rows, self.weight, out, launch, sum_blocks, row_scales=scales)
+        return TiledProduct(rows, self.weight, launch, sum_blocks, scales)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.dense_matmul import cpu, reference
 from qserve.kernels.packed_weight import PackedWeight, check_bias, from_native, multiply
 
@@ -28,8 +28,12 @@ def prepare(
     if weight.dim() != 2:
         raise ValueError(f"the weight has shape {tuple(weight.shape)}, expected [N, K]")
     check_bias(bias, weight.size(0))
-    if choose("dense_matmul", device).backend is Backend.CPU:
+    backend = choose("dense_matmul", device).backend
+    if backend is Backend.CPU:
         return from_native(cpu.pack(weight, bias))
+    if backend is Backend.TRITON:
+        packed: PackedWeight = load_kernel("dense_matmul").prepare(weight, device, bias)
+        return packed
     return reference.prepare(weight, device, bias)
 
 

@@ -20,7 +20,7 @@ from qserve.kernels.int4_matmul.planar4 import pack_planar4
 from qserve.kernels.int8_matmul import kernel as int8_kernel
 from qserve.kernels.int8_matmul.layout import pack_int8
 from qserve.kernels.quantize_tokens.kernel import round_tokens
-from qserve.kernels.tiled_matmul.kernel import TiledWeight, check_half, run
+from qserve.kernels.tiled_matmul.kernel import TiledProduct, TiledWeight, check_half, run
 from qserve.kernels.tiled_matmul.launch import MatmulProblem
 from qserve.kernels.tiled_matmul.routing import share_rows
 
@@ -75,15 +75,8 @@ class ExpertProduct:
         )
         routing = share_rows(expert_ids, self._num_experts, launch.tile.block_m, top_k)
         kernel = int8_kernel if self._bits == 8 else int4_kernel
-        run(
-            rows,
-            self.weight,
-            out.flatten(0, 1),
-            launch,
-            kernel.sum_blocks,
-            row_scales=scales,
-            routing=routing,
-        )
+        product = TiledProduct(rows, self.weight, launch, kernel.sum_blocks, scales, routing)
+        run(product, out.flatten(0, 1))
 
     def _split(self, joined: TiledWeight) -> TiledWeight:
         """The outputs of all experts, one after the other, as a weight for each."""

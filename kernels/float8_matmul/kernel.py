@@ -18,11 +18,11 @@ from qserve.kernels.gpu_target import GpuTarget, gpu_target
 from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.quantize_tokens.kernel import quantize_tokens, round_tokens
 from qserve.kernels.tiled_matmul.kernel import (
+    TiledProduct,
     TiledWeight,
     check_half,
     load_inputs,
     pack_tiles,
-    run,
 )
 from qserve.kernels.tiled_matmul.launch import MatmulProblem
 
@@ -35,7 +35,7 @@ def prepare(
 ) -> PackedWeight:
     """``weight`` on ``device`` as its tiles read it. Raises what ``pack_float8`` raises."""
     product = Float8Product(weight, device, gpu_target(device), bias)
-    return pack_tiles(weight, product.weight, product.run)
+    return pack_tiles(weight, product.weight, product.arrange)
 
 
 class Float8Product:
@@ -57,8 +57,8 @@ class Float8Product:
         )
         self._shape = (weight.out_features, weight.in_features, packed.group_size)
 
-    def run(self, x: torch.Tensor, out: torch.Tensor, activations: Activations) -> None:
-        """Writes the product with float16 or bfloat16 rows ``x`` to ``out``.
+    def arrange(self, x: torch.Tensor, activations: Activations) -> TiledProduct:
+        """The product with float16 or bfloat16 rows ``x``.
 
         Rows are read as they are unless ``activations`` rounds each with one scale; where the
         target has no float8, rounded rows are multiplied as 16-bit floats. Raises ``TypeError`` for
@@ -72,7 +72,7 @@ class Float8Product:
         else:
             rows, scales = round_tokens(x, activations)
         launch = float8_launch(MatmulProblem(x.shape[0], *self._shape, rows.dtype), self._target)
-        run(rows, self.weight, out, launch, sum_blocks, row_scales=scales)
+        return TiledProduct(rows, self.weight, launch, sum_blocks, scales)
 
 
 @triton.jit

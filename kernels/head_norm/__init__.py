@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.head_norm import cpu, reference
 from qserve.kernels.rows import check_output, check_rows
 
@@ -34,8 +34,11 @@ def head_norm(
             f"{width} is a multiple"
         )
     out = check_output(x, width, out)
-    if choose("head_norm", x.device).backend is Backend.CPU:
+    backend = choose("head_norm", x.device).backend
+    if backend is Backend.CPU:
         cpu.head_norm(x, weight, eps, weight_offset, out)
+    elif backend is Backend.TRITON:
+        load_kernel("head_norm").head_norm(x, weight, eps, weight_offset, out)
     else:
         reference.head_norm(x, weight, eps, weight_offset, out)
     return out

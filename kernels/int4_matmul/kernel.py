@@ -28,12 +28,12 @@ from qserve.kernels.int4_matmul.unpack_ptx import (
 from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.quantize_tokens.kernel import quantize_tokens, round_tokens
 from qserve.kernels.tiled_matmul.kernel import (
+    TiledProduct,
     TiledWeight,
     check_half,
     half_scales,
     load_inputs,
     pack_tiles,
-    run,
 )
 from qserve.kernels.tiled_matmul.launch import BLOCK, MatmulProblem
 
@@ -51,7 +51,7 @@ def prepare(
 ) -> PackedWeight:
     """``weight`` in planar4 on ``device``. Raises what ``pack_planar4`` raises."""
     product = Int4Product(weight, device, bias)
-    return pack_tiles(weight, product.weight, product.run)
+    return pack_tiles(weight, product.weight, product.arrange)
 
 
 class Int4Product:
@@ -73,8 +73,8 @@ class Int4Product:
         self._scale_dtype = packed.scale_dtype
         self._shape = (weight.out_features, weight.in_features, packed.group_size)
 
-    def run(self, x: torch.Tensor, out: torch.Tensor, activations: Activations) -> None:
-        """Writes the product with float16 or bfloat16 rows ``x`` to ``out``.
+    def arrange(self, x: torch.Tensor, activations: Activations) -> TiledProduct:
+        """The product with float16 or bfloat16 rows ``x``.
 
         Rows are read as they are unless ``activations`` rounds each with one scale: of groups of 32
         a tensor core makes nothing, and 16-bit rows cost it no more. Raises ``TypeError`` for rows
@@ -89,12 +89,11 @@ class Int4Product:
             codes, scales = quantize_tokens(x, activations, torch.int8, planar=True)
             problem = MatmulProblem(x.shape[0], *self._shape, torch.int8)
             launch = int4_byte_launch(problem, target, self._scale_dtype, self._progressive)
-            run(codes, self._byte_weight, out, launch, sum_byte_blocks, row_scales=scales)
-            return
+            return TiledProduct(codes, self._byte_weight, launch, sum_byte_blocks, scales)
         rows, scales = round_tokens(x, activations)
         problem = MatmulProblem(x.shape[0], *self._shape, x.dtype)
         launch = int4_launch(problem, target, self._scale_dtype)
-        run(rows, self.weight, out, launch, sum_blocks, row_scales=scales)
+        return TiledProduct(rows, self.weight, launch, sum_blocks, scales)
 
 
 @triton.jit

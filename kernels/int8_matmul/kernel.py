@@ -18,12 +18,12 @@ from qserve.kernels.int8_matmul.unpack_ptx import unpack_constraints, unpack_ptx
 from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.quantize_tokens.kernel import quantize_tokens, round_tokens
 from qserve.kernels.tiled_matmul.kernel import (
+    TiledProduct,
     TiledWeight,
     check_half,
     half_scales,
     load_inputs,
     pack_tiles,
-    run,
 )
 from qserve.kernels.tiled_matmul.launch import MatmulProblem
 
@@ -36,7 +36,7 @@ def prepare(
 ) -> PackedWeight:
     """``weight`` on ``device`` as the tiles read it. Raises what ``pack_int8`` raises."""
     product = Int8Product(weight, device, bias)
-    return pack_tiles(weight, product.weight, product.run)
+    return pack_tiles(weight, product.weight, product.arrange)
 
 
 class Int8Product:
@@ -57,8 +57,8 @@ class Int8Product:
         self._scale_dtype = packed.scale_dtype
         self._shape = (weight.out_features, weight.in_features, packed.group_size)
 
-    def run(self, x: torch.Tensor, out: torch.Tensor, activations: Activations) -> None:
-        """Writes the product with float16 or bfloat16 rows ``x`` to ``out``.
+    def arrange(self, x: torch.Tensor, activations: Activations) -> TiledProduct:
+        """The product with float16 or bfloat16 rows ``x``.
 
         Rows are read as they are unless ``activations`` rounds each with one scale. Codes less a
         zero point do not fit int8: with those, rounded rows are multiplied as 16-bit floats. Raises
@@ -78,7 +78,7 @@ class Int8Product:
             asymmetric=self._asymmetric,
             scale_dtype=self._scale_dtype,
         )
-        run(rows, self.weight, out, launch, sum_blocks, row_scales=scales)
+        return TiledProduct(rows, self.weight, launch, sum_blocks, scales)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qserve.kernels.activations import Activations
+from qserve.kernels.backend import load_kernel
 from qserve.kernels.output_head import cpu, reference
 from qserve.kernels.packed_weight import PackedWeight
 from qserve.kernels.rows import check_rows
@@ -41,4 +42,9 @@ def topk_head(
         raise ValueError(f"k is {k}, expected 1 to {weight.out_features}, the size of the head")
     if weight.native is not None:
         return cpu.topk_head(x, weight.native, k, activations)
+    if weight.arrange is not None:
+        found: tuple[torch.Tensor, torch.Tensor] = load_kernel("output_head").topk_head(
+            x, weight, k, activations
+        )
+        return found
     return reference.topk_head(x, weight, k, activations)

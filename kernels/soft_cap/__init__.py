@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.kernels.backend import Backend, choose
+from qserve.kernels.backend import Backend, choose, load_kernel
 from qserve.kernels.rows import check_output, check_rows
 from qserve.kernels.soft_cap import cpu, reference
 
@@ -24,8 +24,11 @@ def soft_cap(x: torch.Tensor, cap: float, *, out: torch.Tensor | None = None) ->
     if not cap > 0:
         raise ValueError(f"cap is {cap}: expected a positive number")
     out = check_output(x, width, out)
-    if choose("soft_cap", x.device).backend is Backend.CPU:
+    backend = choose("soft_cap", x.device).backend
+    if backend is Backend.CPU:
         cpu.soft_cap(x, cap, out)
+    elif backend is Backend.TRITON:
+        load_kernel("soft_cap").soft_cap(x, cap, out)
     else:
         reference.soft_cap(x, cap, out)
     return out

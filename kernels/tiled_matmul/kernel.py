@@ -54,18 +54,41 @@ class TiledWeight:
         return sum(part.nbytes for part in parts if part is not None)
 
 
+@dataclass(frozen=True, slots=True)
+class TiledProduct:
+    """Rows and the weight they are multiplied with, ready to be launched.
+
+    rows: ``[num_rows, K]``, rows contiguous, 16-byte aligned. sum_blocks: the tile code of the
+    weight's format. row_scales: float32 ``[num_rows]``. With ``routing``, rows are those of its
+    slots.
+    """
+
+    rows: torch.Tensor
+    weight: TiledWeight
+    launch: MatmulLaunch
+    sum_blocks: Any
+    row_scales: torch.Tensor | None = None
+    routing: Routing | None = None
+
+
 def pack_tiles(
     weight: Any,
     tiled: TiledWeight,
-    run: Callable[[torch.Tensor, torch.Tensor, Activations], None],
+    arrange: Callable[[torch.Tensor, Activations], TiledProduct],
 ) -> PackedWeight:
-    """A neutral ``weight`` that is ``tiled`` for the product ``run``."""
+    """A neutral ``weight`` that is ``tiled``. arrange: the product of it with rows, which it rounds
+    as the activations say."""
+
+    def multiply(x: torch.Tensor, out: torch.Tensor, activations: Activations) -> None:
+        run(arrange(x, activations), out)
+
     return PackedWeight(
         in_features=weight.in_features,
         out_features=weight.out_features,
         nbytes=tiled.nbytes,
         backend=Backend.TRITON,
-        run=run,
+        run=multiply,
+        arrange=arrange,
     )
 
 
@@ -75,35 +98,23 @@ def check_half(x: torch.Tensor) -> None:
         raise TypeError(f"x is {x.dtype}, expected float16 or bfloat16 on a GPU: cast it before")
 
 
-def run(
-    x: torch.Tensor,
-    weight: TiledWeight,
-    out: torch.Tensor,
-    launch: MatmulLaunch,
-    sum_blocks: Any,
-    *,
-    row_scales: torch.Tensor | None = None,
-    routing: Routing | None = None,
-) -> None:
-    """Writes ``x @ weight.T`` to ``out``, by the tile code ``sum_blocks`` of the format.
-
-    x: ``[num_rows, K]``, rows contiguous, 16-byte aligned. out: ``[num_rows, N]``, rows contiguous.
-    row_scales: float32 ``[num_rows]``. With ``routing``, rows are those of its slots.
-    """
+def run(product: TiledProduct, out: torch.Tensor) -> None:
+    """Writes ``product`` to ``out [num_rows, N]``, rows contiguous."""
+    weight, launch, routing = product.weight, product.launch, product.routing
     num_rows, num_outputs = out.shape
     if not num_rows:
         return
     target, row_stride = out, out.stride(0)
-    epilogue = (row_scales, weight.channel_scales, weight.bias)
+    epilogue = (product.row_scales, weight.channel_scales, weight.bias)
     if launch.parallel:
         target = torch.empty(
-            (launch.num_segments, num_rows, num_outputs), dtype=torch.float32, device=x.device
+            (launch.num_segments, num_rows, num_outputs), dtype=torch.float32, device=out.device
         )
         row_stride = num_outputs
     slots, tile_experts = (routing.slots, routing.tile_experts) if routing else (None, None)
     num_groups = weight.parameters.shape[-2] if weight.parameters is not None else 0
     matmul_kernel[launch.grid](
-        x,
+        product.rows,
         weight.codes,
         weight.parameters,
         target,
@@ -115,10 +126,10 @@ def run(
         launch.problem.in_features,
         num_groups,
         weight.codes.stride(-2),
-        x.stride(0),
+        product.rows.stride(0),
         row_stride,
         launch.blocks_per_segment,
-        SUM=sum_blocks,
+        SUM=product.sum_blocks,
         **matmul_constants(launch, routing.rows_per_token if routing else 1),
         num_warps=launch.tile.num_warps,
         num_stages=launch.tile.num_stages,
@@ -197,7 +208,7 @@ def matmul_kernel(
             FORMAT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
-    total = _finish(
+    total = apply_epilogue(
         total, row_scale_ptr, near_rows[None, :], channel_ptr, bias_ptr,
         (expert * num_outputs + near_outputs)[:, None],
     )  # fmt: skip
@@ -227,7 +238,7 @@ def reduce_kernel(
     near = tl.minimum(outputs, num_outputs - 1)
     if expert_ptr is not None:
         near += tl.load(expert_ptr + row).to(tl.int64) * num_outputs
-    out = _finish(total, row_scale_ptr, row, channel_ptr, bias_ptr, near)
+    out = apply_epilogue(total, row_scale_ptr, row, channel_ptr, bias_ptr, near)
     tl.store(out_ptr + row * out_stride + outputs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -253,7 +264,7 @@ def half_scales(parameters, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def _finish(total, row_scale_ptr, rows, channel_ptr, bias_ptr, outputs):
+def apply_epilogue(total, row_scale_ptr, rows, channel_ptr, bias_ptr, outputs):
     """``total`` with the scales and the bias that are there; rows and outputs: where theirs are.
 
     What is fused is said, so that both kernels round alike.

@@ -13,7 +13,7 @@ from qserve.kernels.float8_matmul.launch import float8_launch
 from qserve.kernels.float8_matmul.layout import pack_float8
 from qserve.kernels.float8_weight import Float8Weight
 from qserve.kernels.gpu_target import TARGETS, GpuTarget
-from qserve.kernels.tiled_matmul.kernel import TiledWeight, run
+from qserve.kernels.tiled_matmul.kernel import TiledProduct, TiledWeight, run
 from qserve.kernels.tiled_matmul.launch import MatmulProblem
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def is_close(
 
 def run_product(product: kernel.Float8Product, x: torch.Tensor, how: Activations) -> torch.Tensor:
     out = torch.full((x.shape[0], NUM_OUTPUTS), float("nan"), dtype=x.dtype)
-    product.run(x, out, how)
+    run(product.arrange(x, how), out)
     return out
 
 
@@ -94,7 +94,7 @@ def test_values_are_unpacked_without_assembly_too(dtype: torch.dtype) -> None:
     packed = pack_float8(weight, torch.int8)
     out = torch.full((3, NUM_OUTPUTS), float("nan"), dtype=dtype)
     tiled = TiledWeight(packed.values, None, packed.channel_scales)
-    run(x, tiled, out, launch, kernel.sum_blocks)
+    run(TiledProduct(x, tiled, launch, kernel.sum_blocks), out)
     assert is_close(out, x, weight)
 
 

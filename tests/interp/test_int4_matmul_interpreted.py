@@ -15,7 +15,7 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.int4_matmul import kernel
 from qserve.kernels.int4_matmul.launch import Int4ByteFormat, Int4Format
 from qserve.kernels.int4_matmul.planar4 import is_progressive, pack_planar4
-from qserve.kernels.tiled_matmul.kernel import TiledWeight, run
+from qserve.kernels.tiled_matmul.kernel import TiledProduct, TiledWeight, run
 from qserve.kernels.tiled_matmul.launch import MatmulLaunch, MatmulProblem, Tile, plan_launch
 
 ONE_CORE = GpuTarget("sm_80", Vendor.NVIDIA, 1, 163 * 1024)
@@ -80,7 +80,7 @@ def multiply(
     out = torch.full((x.shape[0], weight.out_features), float("nan"), dtype=x.dtype)
     packed = pack_planar4(weight)
     tiled = TiledWeight(packed.words, packed.parameters, weight.channel_scales, bias)
-    run(x, tiled, out, launch, kernel.sum_blocks, row_scales=row_scales)
+    run(TiledProduct(x, tiled, launch, kernel.sum_blocks, row_scales), out)
     return out
 
 
@@ -280,7 +280,7 @@ def test_both_ways_to_scale_int8_products_agree_with_the_definition(
     tiled = TiledWeight(packed.words.view(torch.int8), packed.parameters, weight.channel_scales)
     out = torch.full((5, NUM_OUTPUTS), float("nan"))
     order = planar_order(256)
-    run(codes[:, order], tiled, out, launch, kernel.sum_byte_blocks, row_scales=scales)
+    run(TiledProduct(codes[:, order], tiled, launch, kernel.sum_byte_blocks, scales), out)
     rounded = codes.double() * scales.double()[:, None]
     assert is_close(out, rounded, weight, True)
     off = replace(weight, codes=weight.codes ^ (torch.arange(256) == 77))

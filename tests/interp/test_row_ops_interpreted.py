@@ -1,4 +1,4 @@
-"""The Triton norms and gated activations agree with their definitions."""
+"""The Triton norms, gated activations and soft cap agree with their definitions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import torch
 from qserve.kernels.gated_activation import kernel as gated_activation
 from qserve.kernels.gated_activation import reference as gated_reference
 from qserve.kernels.gated_activation.gate import Gate
+from qserve.kernels.head_norm import kernel as head_norm
+from qserve.kernels.head_norm import reference as head_reference
 from qserve.kernels.layer_norm import kernel as layer_norm
 from qserve.kernels.layer_norm import reference as layer_reference
 from qserve.kernels.rms_norm import kernel as rms_norm
 from qserve.kernels.rms_norm import reference as rms_reference
 from qserve.kernels.rms_norm_int8 import kernel as rms_norm_int8
 from qserve.kernels.rms_norm_int8 import reference as int8_reference
+from qserve.kernels.soft_cap import kernel as soft_cap
+from qserve.kernels.soft_cap import reference as cap_reference
 
 DTYPES = (torch.float16, torch.bfloat16)
 EPS = 1e-5
@@ -100,4 +104,35 @@ def test_the_gated_activation_is_its_definition(activation: Gate, dtype: torch.d
     assert steps_apart(out, expected) <= 1
     other = Gate.SILU if activation is not Gate.SILU else Gate.GELU
     gated_activation.gated_activation(gate_up, other, out)
+    assert steps_apart(out, expected) > 8
+
+
+@every_dtype
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(3, 80), (20, 128), (1, 2)])
+def test_the_norm_of_heads_is_its_definition(
+    num_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    x = random(2, num_heads * head_dim, dtype=dtype)
+    weight = random(head_dim, dtype=dtype).contiguous()
+    out, expected = torch.full_like(x, float("nan")), torch.empty_like(x)
+    head_norm.head_norm(x, weight, EPS, 1.0, out)
+    head_reference.head_norm(x, weight, EPS, 1.0, expected)
+    assert steps_apart(out, expected) <= 1
+    head_norm.head_norm(x, weight, EPS, 0.0, out)
+    assert steps_apart(out, expected) > 8
+    head_norm.head_norm(x, weight, EPS, 1.0, x)  # in place
+    assert steps_apart(x, expected) <= 1
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float32))
+def test_the_soft_cap_is_its_definition(dtype: torch.dtype) -> None:
+    x = random(2, 1100, dtype=dtype) * torch.logspace(-4, 3, 1100).to(dtype)
+    x[0, :3] = torch.tensor([0.0, 60000.0, -60000.0]).to(dtype)
+    out, expected = torch.full_like(x, float("nan")), torch.empty_like(x)
+    soft_cap.soft_cap(x, 30.0, out)
+    cap_reference.soft_cap(x.double(), 30.0, expected)
+    relative = (out.double() - expected.double()).abs() / expected.double().abs().clamp(min=1e-9)
+    assert float(relative.max()) <= max(torch.finfo(dtype).eps, 2e-6)
+    assert torch.equal(out[0, :3].float(), torch.tensor([0.0, 30.0, -30.0]))
+    soft_cap.soft_cap(x, 40.0, out)
     assert steps_apart(out, expected) > 8

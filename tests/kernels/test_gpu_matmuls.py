@@ -11,11 +11,13 @@ import torch
 from qserve.kernels.activations import Activations, round_activations
 from qserve.kernels.backend import Backend
 from qserve.kernels.codebook_weight import CodebookWeight
+from qserve.kernels.dense_matmul import prepare as prepare_dense
 from qserve.kernels.expert_matmul import expert_matmul
 from qserve.kernels.expert_matmul import prepare as prepare_experts
 from qserve.kernels.float8_weight import Float8Weight
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.linear_weight import prepare_linear
+from qserve.kernels.output_head import topk_head
 from qserve.kernels.packed_weight import multiply
 
 pytestmark = pytest.mark.gpu
@@ -150,3 +152,22 @@ def test_rows_meet_their_experts(
     for number, expert in enumerate(experts):
         rows, places = (ids == number).nonzero(as_tuple=True)
         assert is_close(out.cpu()[rows, places], x[rows], expert.dequantize())
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, "dense"])
+@pytest.mark.parametrize("k", [1, 20])
+def test_the_largest_logits_are_those_of_the_product(
+    k: int, name: str, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    dense = torch.randn(*SHAPE, generator=generator).bfloat16()
+    head = (
+        prepare_dense(dense, device) if name == "dense" else prepare_linear(WEIGHTS[name](), device)
+    )
+    assert head.arrange is not None
+    for num_rows in ROWS:
+        x = make_rows(num_rows, torch.bfloat16).to(device)
+        ids, values = topk_head(x, head, k)
+        logits = multiply(x, head).float()
+        assert torch.equal(values, logits.sort(1, descending=True).values[:, :k])
+        assert torch.equal(logits.gather(1, ids), values)

@@ -11,6 +11,8 @@ import torch
 from qserve.kernels.backend import Backend, choose
 from qserve.kernels.gated_activation import Gate, gated_activation
 from qserve.kernels.gated_activation import reference as gated_reference
+from qserve.kernels.head_norm import head_norm
+from qserve.kernels.head_norm import reference as head_reference
 from qserve.kernels.kv_cache import KvFormat, LayerCache
 from qserve.kernels.kv_store import reference as store_reference
 from qserve.kernels.kv_store import rope_and_store, rope_table
@@ -22,14 +24,16 @@ from qserve.kernels.rms_norm import rms_norm
 from qserve.kernels.rms_norm_int8 import rms_norm_int8
 from qserve.kernels.sample import SamplingBatch, sample_tokens
 from qserve.kernels.sample import reference as sample_reference
+from qserve.kernels.soft_cap import reference as cap_reference
+from qserve.kernels.soft_cap import soft_cap
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.float16, torch.bfloat16)
 FORMATS = (KvFormat.BFLOAT16, KvFormat.FLOAT8, KvFormat.INT8, KvFormat.INT4)
 OPS = (
-    "gated_activation", "kv_store", "layer_norm", "paged_attention", "rms_norm", "rms_norm_int8",
-    "sample",
+    "gated_activation", "head_norm", "kv_store", "layer_norm", "paged_attention", "rms_norm",
+    "rms_norm_int8", "sample", "soft_cap",
 )  # fmt: skip
 BLOCK_SIZE = 64
 
@@ -90,6 +94,20 @@ def test_norms_are_their_definitions(width: int, dtype: torch.dtype, device: tor
     layer_reference.layer_norm(x, weight, bias, 1e-5, None, expected)
     found = layer_norm(x.to(device), weight.to(device), bias.contiguous().to(device), 1e-5)
     assert steps_apart(found.cpu(), expected) <= 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(32, 128), (9, 80)])
+def test_the_norm_of_heads_and_the_soft_cap_are_their_definitions(
+    num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight = random(17, num_heads * head_dim, dtype=dtype), random(head_dim)
+    expected = torch.empty_like(x)
+    head_reference.head_norm(x, weight, 1e-5, 1.0, expected)
+    found = head_norm(x.to(device), weight.to(device), 1e-5, weight_offset=1.0)
+    assert steps_apart(found.cpu(), expected) <= 1
+    cap_reference.soft_cap(20 * x, 30.0, expected)
+    assert steps_apart(soft_cap(20 * x.to(device), 30.0).cpu(), expected) <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,7 @@ import torch
 
 from qserve.kernels.gated_activation.launch import gate_cost, gate_grid
 from qserve.kernels.gpu_target import TARGETS, GpuTarget, gpu_target
+from qserve.kernels.head_norm.launch import HeadNormProblem, head_norm_cost, head_norm_launch
 from qserve.kernels.kv_cache import KvFormat
 from qserve.kernels.kv_store.launch import StoreProblem, store_cost, store_launch
 from qserve.kernels.paged_attention import launch as attention
@@ -22,6 +23,7 @@ from qserve.kernels.paged_attention.launch import (
 )
 from qserve.kernels.rms_norm.launch import NormProblem, norm_cost, norm_launch
 from qserve.kernels.sample.launch import sample_cost
+from qserve.kernels.soft_cap.launch import cap_cost, cap_grid
 
 A100 = TARGETS["sm_80"]
 BATCH = AttentionProblem(8, 8, 32, 8, 128, 64, 4096)
@@ -80,6 +82,21 @@ def test_a_short_context_is_one_segment_and_never_merged() -> None:
     launch = attention_launch(replace(BATCH, max_context=256), A100)
     assert launch.num_segments == 1 and not launch.parallel
     assert not tile_constants(launch, launch.decode)["MERGE"]
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(32, 128), (9, 64), (1, 256), (3, 80), (1, 2)])
+def test_tiles_of_heads_cover_a_row(num_heads: int, head_dim: int) -> None:
+    launch = head_norm_launch(HeadNormProblem(5, num_heads, head_dim))
+    assert launch.grid[0] == 5
+    assert launch.grid[1] * launch.heads >= num_heads
+    assert launch.block >= head_dim
+    assert launch.heads * launch.block <= 1024 and launch.num_warps in (1, 2)
+
+
+def test_heads_and_capped_numbers_cost_one_pass() -> None:
+    assert head_norm_cost(HeadNormProblem(2, 3, 80)).num_bytes == 2 * 3 * 80 * 4
+    assert cap_cost(2, 100).num_bytes == 2 * 100 * 4
+    assert cap_grid(2, 1025) == (2, 2)
 
 
 @pytest.mark.parametrize("block_size", [8, 24])

@@ -13,6 +13,8 @@ import torch
 
 from qserve.kernels.codebook_matmul.launch import codebook_cost, codebook_launch
 from qserve.kernels.codebook_matmul.launch import trip_bytes as codebook_trip_bytes
+from qserve.kernels.dense_matmul.launch import dense_cost, dense_launch
+from qserve.kernels.dense_matmul.launch import trip_bytes as dense_trip_bytes
 from qserve.kernels.expert_matmul.launch import expert_cost, expert_launch
 from qserve.kernels.float8_matmul.launch import float8_cost, float8_dtype, float8_launch
 from qserve.kernels.gpu_target import TARGETS, GpuTarget, Vendor
@@ -20,6 +22,7 @@ from qserve.kernels.int4_matmul.launch import int4_byte_launch, int4_cost, int4_
 from qserve.kernels.int4_matmul.launch import trip_bytes as int4_trip_bytes
 from qserve.kernels.int8_matmul.launch import int8_cost, int8_launch
 from qserve.kernels.int8_matmul.launch import trip_bytes as int8_trip_bytes
+from qserve.kernels.output_head.launch import head_cost, head_launch
 from qserve.kernels.tiled_matmul.launch import (
     MatmulLaunch,
     MatmulProblem,
@@ -42,6 +45,7 @@ RULES: dict[str, Rule] = {
     ),
     "float8": float8_launch,
     "codebook": partial(codebook_launch, codebook=(0.0,) * 16),
+    "dense": lambda problem, target: dense_launch(replace(problem, group_size=0), target),
 }
 
 every_target = pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -95,9 +99,9 @@ def test_a_scale_never_multiplies_a_bfloat16_weight() -> None:
 
 
 @every_target
-@every_rule
-def test_inline_assembly_is_for_nvidia_alone(rule: Rule, target: GpuTarget) -> None:
-    assert not rule(LAYER, target).format.assembly or target.vendor is Vendor.NVIDIA
+@pytest.mark.parametrize("name", [name for name in RULES if name != "dense"])
+def test_inline_assembly_is_for_nvidia_alone(name: str, target: GpuTarget) -> None:
+    assert not RULES[name](LAYER, target).format.assembly or target.vendor is Vendor.NVIDIA
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "float8", "codebook"])
@@ -161,3 +165,35 @@ def test_a_trip_reads_a_block_of_each_output() -> None:
     assert int8_trip_bytes(codes) == codes.tile.block_n * (128 + 2 * 4)
     channels = RULES["int8"](replace(LAYER, group_size=0), A100)
     assert int8_trip_bytes(channels) == channels.tile.block_n * 128
+
+
+@every_target
+@every_rule
+@pytest.mark.parametrize("k", [1, 20, 500])
+def test_a_head_is_summed_as_the_product_by_one_thread_block_a_tile(
+    k: int, rule: Rule, target: GpuTarget
+) -> None:
+    product = rule(replace(LAYER, out_features=1000), target)
+    launch = head_launch(product, k)
+    assert launch.product.num_segments == product.num_segments and not launch.product.parallel
+    assert launch.product.grid == (*product.grid[:2], 1)
+    assert launch.kept == min(k, product.tile.block_n)
+    assert launch.num_tiles == product.grid[0] <= launch.lists < 2 * launch.num_tiles
+    assert launch.lists <= 32 * 8 * launch.merge_warps
+
+
+def test_a_head_writes_keys_in_place_of_logits() -> None:
+    problem = MatmulProblem(2, 6400, 256, 0, HALF)
+    launch = head_launch(dense_launch(problem, A100), 3)
+    keys = 2 * 8 * 2 * launch.num_tiles * 3
+    assert head_cost(dense_cost(problem), launch).num_bytes == 2 * 6400 * 256 + 2 * 2 * 256 + keys
+    assert dense_trip_bytes(launch.product) == launch.product.tile.block_n * 128 * 2
+
+
+@every_target
+def test_two_thread_blocks_of_float_weights_fit_a_core(target: GpuTarget) -> None:
+    for num_rows in ROWS:
+        tile = dense_launch(MatmulProblem(num_rows, 4096, 4096, 0, HALF), target).tile
+        stage = 2 * 128 * (tile.block_m + tile.block_n)
+        warps = tile.num_warps * (target.shared_bytes // (stage * tile.num_stages))
+        assert warps >= 8 or target.vendor is Vendor.AMD

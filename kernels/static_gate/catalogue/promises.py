@@ -79,6 +79,21 @@ def byte_promises(launch: MatmulLaunch, target: GpuTarget) -> Promises:
     )
 
 
+def dense_promises(launch: MatmulLaunch, target: GpuTarget) -> Promises:
+    """Of 16-bit weights."""
+    if target.vendor is Vendor.AMD:
+        # 256 lanes share 16 x 64 activations: 8 bytes each.
+        return Promises(tensor_core="mfma", min_wide_share=0.75)
+    few_rows = _has_few_rows(launch)
+    return Promises(
+        tensor_core=_half_family(launch, target),
+        min_wide_share=0.9,
+        max_issue_share=0.8 if few_rows else None,
+        min_warps=8,
+        no_conversions=True,
+    )
+
+
 def _has_few_rows(launch: MatmulLaunch) -> bool:
     return launch.tile.block_m <= 32 and rows_of_a_weight(launch.problem) <= 32
 

@@ -8,6 +8,8 @@ from qserve.kernels.gated_activation import kernel as gate_kernel
 from qserve.kernels.gated_activation import launch as gate_rule
 from qserve.kernels.gated_activation.gate import Gate
 from qserve.kernels.gpu_target import GpuTarget
+from qserve.kernels.head_norm import kernel as head_norm_kernel
+from qserve.kernels.head_norm.launch import HeadNormProblem, head_norm_launch
 from qserve.kernels.kv_cache import KvFormat
 from qserve.kernels.kv_store import kernel as store_kernel
 from qserve.kernels.kv_store.launch import StoreProblem, store_constants, store_launch
@@ -16,6 +18,8 @@ from qserve.kernels.rms_norm import kernel as norm_kernel
 from qserve.kernels.rms_norm.launch import NormProblem, norm_launch
 from qserve.kernels.sample import kernel as sample_kernel
 from qserve.kernels.sample import launch as sample_rule
+from qserve.kernels.soft_cap import kernel as cap_kernel
+from qserve.kernels.soft_cap import launch as cap_rule
 from qserve.kernels.static_gate.spec import KernelSpec, Promises
 
 _CODES = {
@@ -34,9 +38,11 @@ def row_kernels(target: GpuTarget) -> list[KernelSpec]:
         _norm_spec(4096, is_int8=False),
         _norm_spec(4096, is_int8=True),
         _layer_norm_spec(4096),
+        _head_norm_spec(),
         *(_gate_spec(gate) for gate in Gate),
         *(_store_spec(format) for format in _CODES),
         _sample_spec(),
+        _cap_spec(),
     ]
 
 
@@ -98,6 +104,41 @@ def _layer_norm_spec(width: int) -> KernelSpec:
         {"BLOCK": launch.block},
         launch.num_warps,
         f"1 row, {launch.num_warps} warps",
+        Promises(min_wide_share=0.9),
+    )
+
+
+def _head_norm_spec() -> KernelSpec:
+    launch = head_norm_launch(HeadNormProblem(8, 32, 128))
+    return _spec(
+        "head_norm 32 heads of 128 bf16",
+        head_norm_kernel.head_norm_kernel,
+        {
+            **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16:16"),
+            **dict.fromkeys(("eps", "weight_offset"), "fp32"),
+            "num_heads": "i32",
+            **dict.fromkeys(("x_stride", "out_stride"), "i32:16"),
+        },
+        {"HEADS": launch.heads, "HEAD_DIM": 128, "BLOCK": launch.block},
+        launch.num_warps,
+        f"{launch.heads} heads, {launch.num_warps} warps",
+        # The weight of a head is shared by all lanes: 4 bytes each.
+        Promises(min_wide_share=0.85),
+    )
+
+
+def _cap_spec() -> KernelSpec:
+    return _spec(
+        "soft_cap bf16",
+        cap_kernel.cap_kernel,
+        {
+            **dict.fromkeys(("x_ptr", "out_ptr"), "*bf16:16"),
+            "cap": "fp32",
+            **dict.fromkeys(("width", "in_stride", "out_stride"), "i32:16"),
+        },
+        {"BLOCK": cap_rule.BLOCK},
+        cap_rule.NUM_WARPS,
+        f"{cap_rule.BLOCK} columns, {cap_rule.NUM_WARPS} warps",
         Promises(min_wide_share=0.9),
     )
 

@@ -60,7 +60,7 @@ def tile_spec(
     }
     return KernelSpec(
         name=f"{name} {problem.num_rows}x{problem.out_features}x{problem.in_features}",
-        tile=_describe(launch),
+        tile=describe_launch(launch),
         kernel=tiled_kernel.matmul_kernel,
         arguments={
             **{name: f"*{kind}:16" for name, kind in pointers.items() if kind},
@@ -106,7 +106,8 @@ def reduce_spec() -> KernelSpec:
     )
 
 
-def _describe(launch: MatmulLaunch) -> str:
+def describe_launch(launch: MatmulLaunch) -> str:
+    """Tile, warps and segments of ``launch``, in words."""
     tile = launch.tile
     segments = f", {launch.num_segments} segments" if launch.num_segments > 1 else ""
     order = " in parallel" if launch.parallel else ""
