@@ -5,7 +5,7 @@ Memory is one block in float32, whatever the size of the model, plus the caller'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.func import functional_call
 from transformers import AutoConfig, PreTrainedConfig
 
 from qserve.kernels.activations import Activations, round_activations
@@ -99,6 +100,18 @@ class Block:
         """Replace hidden states ``[S, T, hidden_size]`` by the output of the block."""
         for window in hidden:
             window.copy_(self.layer(window[None], **self._context)[0])
+
+    def run_with(
+        self, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The output ``[S, T, hidden_size]`` for hidden states, differentiable in both.
+
+        parameters: all of the block's, by their names inside it; its own are not looked at.
+        """
+        output: torch.Tensor = functional_call(
+            self.layer, dict(parameters), (hidden,), dict(self._context)
+        )
+        return output
 
     def walk_(
         self, hidden: torch.Tensor, scratch: ScratchMemory
@@ -204,7 +217,7 @@ class Decoder:
     @cached_property
     def skeleton(self) -> Block:
         """A block without memory, on the meta device: names and shapes of all blocks."""
-        return self._build(0, length=1)
+        return self.shell(0, length=1)
 
     def block(self, index: int, length: int) -> Block:
         """Block ``index`` for windows of ``length`` tokens, in float32, packed weights dequantized.
@@ -213,9 +226,9 @@ class Decoder:
         inputs as the kernels that run them do.
         Raises ``CheckpointError`` for missing, wrongly shaped or non-finite tensors.
         """
-        block = self._build(index, length)
+        block = self.shell(index, length)
         block.layer.load_state_dict(
-            {name: self._parameter(block, name) for name in block.layer.state_dict()}, assign=True
+            {name: self.parameter(block, name) for name in block.layer.state_dict()}, assign=True
         )
         block.layer.requires_grad_(False)
         if self.checkpoint.activations is not None:
@@ -226,7 +239,8 @@ class Decoder:
         names = [name for stage in block.stages for name in stage.linears]
         return [n for n in names if self.checkpoint.describe(block.full_name(n)) is not None]
 
-    def _build(self, index: int, length: int) -> Block:
+    def shell(self, index: int, length: int) -> Block:
+        """Block ``index`` for windows of ``length`` tokens without memory: on the meta device."""
         with torch.device("meta"):
             layer = self.architecture.layer(self.config, index)
         mask = attention_mask(self.config, index, length)
@@ -237,7 +251,7 @@ class Decoder:
         cosines, sines = rotary(torch.empty(0), torch.arange(length)[None])
         return cosines, sines
 
-    def _parameter(self, block: Block, name: str) -> torch.Tensor:
+    def parameter(self, block: Block, name: str) -> torch.Tensor:
         """A parameter of a block as the modules want it: float32, of their shape, finite."""
         full_name = block.full_name(name)
         module, _, kind = name.rpartition(".")

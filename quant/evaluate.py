@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,7 +83,7 @@ def evaluate(
     token_ids = tokenize((base or model).folder, text)
     windows = spread_windows(token_ids, num_windows, seq_len)
     report = _Pace(progress, total=sum(d.num_blocks for d in decoders) + len(windows))
-    outputs = [_final_hidden(decoder, windows, report) for decoder in decoders]
+    outputs = [final_hidden(decoder, windows, report.step) for decoder in decoders]
     scores = _score(decoders, outputs, windows, report)
     evaluation = _summarize(scores, windows, base is not None)
     return replace(
@@ -108,12 +109,12 @@ class _Pace:
         self._progress(Progress(Phase.EVALUATE, self._done, self._total, left))
 
 
-def _final_hidden(decoder: Decoder, windows: torch.Tensor, report: _Pace) -> torch.Tensor:
-    """What the head of a model receives: ``[S, T, hidden_size]``."""
+def final_hidden(decoder: Decoder, windows: torch.Tensor, step: Callable[[], None]) -> torch.Tensor:
+    """What the head of a model receives: ``[S, T, hidden_size]``. step: called after each block."""
     hidden = decoder.embed(windows)
     for index in range(decoder.num_blocks):
         decoder.block(index, windows.shape[1]).run_(hidden)
-        report.step()
+        step()
     norm = decoder.final_norm()
     for window in hidden:
         window.copy_(norm(window))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -103,6 +104,26 @@ class Effort(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """How long to tune at most: minutes, steps of the optimizer, or whichever comes first.
+
+    The same number of steps gives the same result again. Raises ``OptionError`` for no limit and
+    for one that is not positive.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.steps is None:
+            raise OptionError("tuning without an end: give minutes or steps")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise OptionError(f"tuning for {self.minutes} minutes: expected a positive number")
+        if self.steps is not None and self.steps < 1:
+            raise OptionError(f"tuning for {self.steps} steps: expected at least 1")
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """One quantization run.
 
@@ -123,6 +144,7 @@ class QuantizeOptions:
         (``model.layers.0.mlp.down_proj``), together with the layers that serving engines fuse
         it with.
     seed: of self-generated calibration text; nothing else is random.
+    tune: how long scales and norms learn after packing; None does not.
     max_shard_bytes: a new safetensors file is begun beyond this size.
 
     Raises ``OptionError`` for values that no model could satisfy.
@@ -141,6 +163,7 @@ class QuantizeOptions:
     overrides: tuple[Override, ...] = ()
     ignore: tuple[str, ...] = ()
     seed: int = 0
+    tune: TuneOptions | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ class Phase(Enum):
 
     CALIBRATION = "calibration text"
     QUANTIZE = "quantizing"
+    TUNE = "tuning"
     EVALUATE = "evaluating"
 
 
@@ -20,7 +21,8 @@ class Phase(Enum):
 class Progress:
     """A step that has just been finished.
 
-    done, total: finished and expected steps of this phase (decoder blocks when quantizing).
+    done, total: finished and expected steps of this phase (decoder blocks when
+        quantizing; steps or seconds, whichever limits it, when tuning).
     error: relative output error of the block just quantized; None where there is none.
     seconds_left: estimate for this phase, from the pace so far.
     """

@@ -72,6 +72,27 @@ class CalibrationReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TuningReport:
+    """What scales and norms learned after packing.
+
+    steps: of the optimizer; as many again give the same tensors. kept_step: after which the state
+    was best and was kept, 0 when nothing was changed. num_windows: learned from, those seen twice
+    counted twice. num_held_back: windows that it was judged on. kl_before, kl_after: divergence
+    from the float model on these, in nats, as packed and as it is now. arithmetic: the type of
+    products while learning; judging is in float32.
+    """
+
+    steps: int
+    kept_step: int
+    num_windows: int
+    num_held_back: int
+    kl_before: float
+    kl_after: float
+    arithmetic: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class SizeReport:
     """Bytes of tensors on disk. bits_per_weight: of the quantized layers, with scales and zeros."""
 

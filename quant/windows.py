@@ -42,8 +42,27 @@ def spread_windows(token_ids: list[int], num_windows: int, length: int) -> torch
             f"the text has {num_tokens} tokens, one window takes {length}: give a longer text or "
             "shorter windows"
         )
-    starts = [i * (num_tokens - length) // max(num_windows - 1, 1) for i in range(num_windows)]
+    starts = _spread(num_tokens, num_windows, length)
     return torch.tensor([token_ids[start : start + length] for start in starts])
+
+
+def windows_between(token_ids: list[int], num_windows: int, length: int) -> torch.Tensor:
+    """Windows ``[S, length]`` of the tokens that ``spread_windows`` leaves out, in order.
+
+    No two overlap; S may be 0.
+    """
+    starts = _spread(len(token_ids), min(num_windows, len(token_ids) // length), length)
+    free = [
+        token_ids[start : start + length]
+        for end, following in zip(starts, [*starts[1:], len(token_ids)], strict=True)
+        for start in range(end + length, following - length + 1, length)
+    ]
+    return torch.tensor(free, dtype=torch.long).view(-1, length)
+
+
+def _spread(num_tokens: int, num_windows: int, length: int) -> list[int]:
+    """Where evenly spread windows start."""
+    return [i * (num_tokens - length) // max(num_windows - 1, 1) for i in range(num_windows)]
 
 
 def read_text(path: Path) -> str:

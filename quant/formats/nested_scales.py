@@ -41,9 +41,9 @@ class NestedWeight(CodebookWeight):
     nested: NestedScales
 
 
-def nest(scales: torch.Tensor) -> NestedScales:
-    """The nearest nested scales to float32 ``[n]``, around their mean."""
-    offset = float(scales.mean())
+def nest(scales: torch.Tensor, offset: float | None = None) -> NestedScales:
+    """The nearest nested scales to float32 ``[n]``, around an offset: by default their mean."""
+    offset = float(scales.mean()) if offset is None else offset
     centred = scales - offset
     blocks = torch.nn.functional.pad(centred, (0, -len(scales) % BLOCK_SIZE))
     blocks = blocks.view(-1, BLOCK_SIZE)

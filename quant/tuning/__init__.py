@@ -1,0 +1,1 @@
+"""Tuning: group scales and norm weights learn by gradient, the codes stay."""

@@ -1,0 +1,52 @@
+"""The divergence of next-token distributions from the float model's, and its gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from qserve.quant.decoder import OutputHead
+
+POSITIONS_AT_ONCE = 128
+"""Positions whose logits are in memory at once: 25 MB for a vocabulary of 49152."""
+
+
+class Divergence:
+    """KL(float || tuned) in nats, by what the output heads of the two models receive.
+
+    Hidden states are float32 ``[..., hidden_size]``, normed; means are over all positions.
+    """
+
+    def __init__(self, float_head: OutputHead, tuned_head: OutputHead) -> None:
+        self._float_head = float_head
+        self._tuned_head = tuned_head
+
+    def mean(self, target: torch.Tensor, hidden: torch.Tensor) -> float:
+        """How far ``hidden`` is from the float model's ``target``."""
+        return self._sum(target, hidden, None) / hidden[..., 0].numel()
+
+    def gradient(self, target: torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The same, and its gradient in ``hidden``."""
+        gradient = torch.empty_like(hidden)
+        count = hidden[..., 0].numel()
+        return self._sum(target, hidden, gradient) / count, gradient.div_(count)
+
+    def _sum(
+        self, target: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor | None
+    ) -> float:
+        """The sum over positions, whose gradient is written to ``gradient``."""
+        targets, rows = target.flatten(0, -2), hidden.flatten(0, -2)
+        head = self._tuned_head
+        total = 0.0
+        for start in range(0, len(rows), POSITIONS_AT_ONCE):
+            piece = slice(start, start + POSITIONS_AT_ONCE)
+            expected = torch.log_softmax(self._float_head.logits(targets[piece]), -1)
+            logits = head.logits(rows[piece])
+            found = torch.log_softmax(logits, -1)
+            probabilities = expected.exp()
+            total += float(expected.sub_(found).mul_(probabilities).sum(1).double().sum())
+            if gradient is not None:
+                excess = found.exp_().sub_(probabilities)  # the gradient in the logits
+                if head.soft_cap is not None:
+                    excess *= 1 - (logits / head.soft_cap).square_()
+                torch.mm(excess, head.weight, out=gradient.flatten(0, -2)[piece])
+        return total

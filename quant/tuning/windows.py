@@ -1,0 +1,50 @@
+"""The tokens that tuning learns from and is judged on: those that quantization did not use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qserve.quant.calibration_text import texts
+from qserve.quant.errors import CalibrationError, OptionError
+from qserve.quant.options import CalibrationSource, QuantizeOptions
+from qserve.quant.windows import read_text, tokenize, windows_between
+
+HELD_BACK_SHARE = 1 / 16
+MAX_HELD_BACK = 16
+MIN_WINDOWS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TuningWindows:
+    """Windows of tokens ``[S, seq_len]``: to learn from, and held back to judge by."""
+
+    learned: torch.Tensor
+    held_back: torch.Tensor
+
+
+def gather_windows(tokenizer: Path, options: QuantizeOptions) -> TuningWindows:
+    """The windows between those that quantization takes from the same text.
+
+    The last ones are held back: what is learned is judged on other pages. tokenizer: the folder it
+    is in. Raises ``OptionError`` for self-written text, which has no more windows than were asked
+    for, and ``CalibrationError`` for a text that is too short.
+    """
+    if options.calibration is CalibrationSource.SELF:
+        raise OptionError("tuning needs more text than the model writes itself: give a text file")
+    if isinstance(options.calibration, Path):
+        text = read_text(options.calibration)
+    else:
+        text = "\n\n".join(texts())
+    ids = tokenize(tokenizer, text)
+    unused = windows_between(ids, options.num_samples, options.seq_len)
+    if len(unused) < MIN_WINDOWS:
+        raise CalibrationError(
+            f"the text has {len(ids)} tokens, {options.num_samples} windows of {options.seq_len} "
+            f"are for quantization; that leaves {len(unused)} windows to tune on: give a longer "
+            "text or fewer samples"
+        )
+    num_held_back = min(MAX_HELD_BACK, max(1, round(HELD_BACK_SHARE * len(unused))))
+    return TuningWindows(unused[:-num_held_back], unused[-num_held_back:])

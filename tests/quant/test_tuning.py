@@ -1,0 +1,256 @@
+"""Tuning: scales and norms learn, codes stay, and the result is never worse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Gemma2ForCausalLM
+
+from qserve.quant.calibration import gather_calibration
+from qserve.quant.decoder import Decoder
+from qserve.quant.errors import CalibrationError, OptionError
+from qserve.quant.evaluate import final_hidden
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.registry import OutputFormat, make_writer
+from qserve.quant.methods import profile_of
+from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, TuneOptions
+from qserve.quant.pipeline import quantize
+from qserve.quant.progress import Progress, ignore_progress
+from qserve.quant.report import TuningReport
+from qserve.quant.tuning import session
+from qserve.quant.tuning.divergence import Divergence
+from qserve.quant.tuning.tuned_decoder import TunedDecoder
+from qserve.quant.tuning.windows import TuningWindows, gather_windows
+
+MakeLlama = Callable[..., Path]
+SCALES = ("scales", "weight_scale", "absmax", "nested_absmax", "SCB")
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def options(text_file: Path) -> QuantizeOptions:
+    return QuantizeOptions(calibration=text_file, num_samples=6, seq_len=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def packed(
+    tiny_llama: Path, options: QuantizeOptions, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model as AWQ; not to be written to."""
+    return pack(tiny_llama, options, tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture
+def windows(tiny_llama: Path, options: QuantizeOptions) -> TuningWindows:
+    """A few of the windows that there are."""
+    found = gather_windows(tiny_llama, options)
+    return TuningWindows(found.learned[:24], found.held_back[:6])
+
+
+def pack(model: Path, options: QuantizeOptions, out: Path) -> Path:
+    quantize(Checkpoint(model), out, options, ignore_progress)
+    return out
+
+
+def tune(
+    folder: Path, model: Path, windows: TuningWindows, options: QuantizeOptions, limit: TuneOptions
+) -> TuningReport:
+    profile = profile_of(options)
+    writer = make_writer(profile.output, "", activations=profile.activations)
+    return session.tune(folder, Checkpoint(model), windows, limit, writer, ignore_progress)
+
+
+def changed_tensors(before: Path, after: Path) -> set[str]:
+    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert {n: (t.dtype, t.shape) for n, t in old.items()} == {
+        n: (t.dtype, t.shape) for n, t in new.items()
+    }
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_tuning_brings_the_model_nearer_and_changes_scales_and_norms_alone(
+    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed, tmp_path / "tuned")
+    report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=12))
+    assert (report.steps, report.num_windows) == (12, 12 * session.WINDOWS_AT_ONCE)
+    assert 0 < report.kept_step <= 12
+    assert report.kl_after < 0.99 * report.kl_before
+    changed = changed_tensors(packed, folder)
+    assert {name.rpartition(".")[2] for name in changed} == {"scales", "weight"}
+    assert all("norm" in name for name in changed if name.endswith("weight"))
+    assert len(changed) == 2 * 7 + 5
+
+
+def test_what_the_report_says_is_what_the_file_gives(
+    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed, tmp_path / "tuned")
+    report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=3))
+    base, tuned = Decoder(Checkpoint(tiny_llama)), Decoder(Checkpoint(folder))
+    expected, hidden = (final_hidden(d, windows.held_back, lambda: None) for d in (base, tuned))
+    measured = Divergence(base.head(), tuned.head()).mean(expected, hidden)
+    assert measured == pytest.approx(report.kl_after, rel=1e-6)
+
+
+def test_the_same_number_of_steps_gives_the_same_bytes(
+    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
+) -> None:
+    folders = [shutil.copytree(packed, tmp_path / name) for name in ("first", "second")]
+    for folder in folders:
+        tune(folder, tiny_llama, windows, options, TuneOptions(steps=3))
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert first == second != (packed / "model.safetensors").read_bytes()
+
+
+def test_nothing_changes_when_nothing_is_better(
+    packed: Path,
+    tiny_llama: Path,
+    windows: TuningWindows,
+    options: QuantizeOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "LEARNING_RATE", -0.05)  # learns to be worse
+    monkeypatch.setattr(session, "STEPS_BETWEEN_JUDGEMENTS", 1)
+    folder = shutil.copytree(packed, tmp_path / "tuned")
+    report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=50))
+    assert (report.steps, report.kept_step) == (session.PATIENCE, 0)
+    assert report.kl_after == report.kl_before
+    assert not changed_tensors(packed, folder)
+
+
+def test_minutes_that_are_over_before_the_first_step_change_nothing(
+    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(packed, tmp_path / "tuned")
+    report = tune(folder, tiny_llama, windows, options, TuneOptions(minutes=1e-6))
+    assert report.steps == 0
+    assert not changed_tensors(packed, folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "output"),
+    [
+        (Method.GPTQ, None),
+        (Method.GPTQ, OutputFormat.COMPRESSED_TENSORS),
+        (Method.NF4, None),
+        (Method.LLM_INT8, None),
+        (Method.FLOAT8_WEIGHT, None),
+    ],
+)
+def test_every_format_keeps_its_codes(
+    method: Method,
+    output: OutputFormat | None,
+    tiny_llama: Path,
+    windows: TuningWindows,
+    options: QuantizeOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    falling = count(0, -1)
+    monkeypatch.setattr(Divergence, "mean", lambda *_: next(falling))
+    options = replace(options, method=method, output=output)
+    (tmp_path / "packed").mkdir()
+    before = pack(tiny_llama, options, tmp_path / "packed")
+    folder = shutil.copytree(before, tmp_path / "tuned")
+    tune(folder, tiny_llama, windows, options, TuneOptions(steps=2))
+    changed = changed_tensors(before, folder)
+    assert {n for n in changed if not n.endswith(SCALES)} == {n for n in changed if "norm" in n}
+    assert any(name.endswith(SCALES) for name in changed)
+
+
+def gradients(
+    packed: Path, source: Path, windows: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], Callable[[dict[str, torch.Tensor]], float]]:
+    """The gradient of the divergence by ``learn``, and the divergence as a function of a state."""
+    tuned, base = TunedDecoder(Checkpoint(packed), torch.float32), Decoder(Checkpoint(source))
+    divergence = Divergence(base.head(), tuned.head())
+    target = final_hidden(base, windows, lambda: None)
+    start = tuned.unmoved()
+
+    def measure(state: dict[str, torch.Tensor]) -> float:
+        leaves = {name: share.requires_grad_() for name, share in state.items()}
+        return tuned.learn(windows, target, divergence, leaves)
+
+    measure(start)
+    found = {}
+    for name, share in start.items():
+        assert share.grad is not None
+        found[name] = share.grad
+    return found, measure
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_gradient_is_that_of_the_divergence(
+    kind: str,
+    packed: Path,
+    tiny_llama: Path,
+    options: QuantizeOptions,
+    make_tiny_llama: MakeLlama,
+    windows: TuningWindows,
+    tmp_path: Path,
+) -> None:
+    model = tiny_llama
+    if kind == "gemma2":
+        caps = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 5.0}
+        model = make_tiny_llama(model_class=Gemma2ForCausalLM, tie_word_embeddings=True, **caps)
+        packed = pack(model, options, tmp_path)
+    found, measure = gradients(packed, model, windows.learned[:1])
+    names = ["model.norm.weight", *(n for n in found if n.startswith("model.layers.0."))]
+    assert len(names) == 1 + 7 + (4 if kind == "gemma2" else 2)
+    for name in names:
+        direction = found[name] / found[name].norm()
+        moved = [
+            {n: torch.zeros_like(g) for n, g in found.items()} | {name: step * direction}
+            for step in (-0.01, 0.01)
+        ]
+        slope = (measure(moved[1]) - measure(moved[0])) / 0.02
+        assert slope == pytest.approx(float(found[name].norm()), rel=0.02), name
+
+
+def test_progress_is_told_in_steps_or_in_seconds(
+    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
+) -> None:
+    told: list[Progress] = []
+    folder = shutil.copytree(packed, tmp_path / "tuned")
+    writer = make_writer(OutputFormat.AWQ, "")
+    for limit in (TuneOptions(steps=2), TuneOptions(steps=1, minutes=5)):
+        session.tune(folder, Checkpoint(tiny_llama), windows, limit, writer, told.append)
+    assert [(step.done, step.total) for step in told[:2]] == [(1, 2), (2, 2)]
+    assert told[2].total == 300
+
+
+def test_windows_to_tune_on_are_those_that_quantization_leaves(
+    tiny_llama: Path, options: QuantizeOptions
+) -> None:
+    found = gather_windows(tiny_llama, options)
+    assert found.learned.shape[1] == found.held_back.shape[1] == LENGTH
+    assert len(found.held_back) == 16
+    taken = gather_calibration(Decoder(Checkpoint(tiny_llama)), options).token_ids
+    for window in (found.learned[0], found.held_back[-1]):
+        assert not any(torch.equal(window, other) for other in taken)
+
+
+def test_a_text_with_nothing_left_is_refused(tiny_llama: Path, options: QuantizeOptions) -> None:
+    few = gather_windows(tiny_llama, replace(options, num_samples=200))
+    assert 1 <= len(few.held_back) < 16
+    with pytest.raises(CalibrationError, match="leaves 0 windows to tune"):
+        gather_windows(tiny_llama, replace(options, num_samples=10_000))
+    with pytest.raises(OptionError, match="give a text file"):
+        gather_windows(tiny_llama, replace(options, calibration=CalibrationSource.SELF))
+
+
+def test_tuning_needs_an_end() -> None:
+    with pytest.raises(OptionError, match="give minutes or steps"):
+        TuneOptions()
+    for wrong in ({"minutes": 0.0}, {"minutes": -1.0}, {"steps": 0}):
+        with pytest.raises(OptionError, match="expected"):
+            TuneOptions(**wrong)
