@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qserve.cli.cache import cache_folder
-from qserve.cli.console import print_table, progress, say
+from qserve.cli.console import print_table, say
+from qserve.cli.phase_display import phase_display
 from qserve.cli.quantities import format_bytes, format_seconds
 from qserve.cli.quantize_options import quantize_options, read_options
 from qserve.cli.resumption import telling_what_is_kept
@@ -56,6 +57,7 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
     from qserve.quant.output import check_output, publish_resumable
     from qserve.quant.pipeline import quantize
     from qserve.quant.plan import make_plan
+    from qserve.quant.progress import Phase
     from qserve.quant.run_state import run_key
     from qserve.quant.source import resolve_model
 
@@ -81,19 +83,13 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
     with (
         telling_what_is_kept(output, key, restart),
         publish_resumable(output, key, force, protect=protect, restart=restart) as draft,
-        progress("quantizing", decoder.num_blocks) as advance,
+        phase_display(Phase.QUANTIZE, decoder.num_blocks, _describe) as follow,
     ):
-        return quantize(
-            source,
-            draft.result,
-            options,
-            lambda step: advance(step.done, _describe(step)),
-            draft.work,
-        )
+        return quantize(source, draft.result, options, follow, draft.work)
 
 
 def _describe(step: Progress) -> str:
-    """What is worth knowing of a block that is done."""
+    """What is worth knowing of a step that is done."""
     left = f"{format_seconds(step.seconds_left)} left"
     return left if step.error is None else f"error {step.error:.2e}, {left}"
 
@@ -125,11 +121,21 @@ def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
         ("bits per weight, quantized layers", f"{sizes.bits_per_weight:.3f}"),
         ("quantized layers", f"{len(report.layers)}, {_groups(report.group_size)}{differing}"),
         ("layers left in 16 bits", len(report.skipped)),
+        *_tuning_rows(report),
         ("time", format_seconds(report.seconds)),
         ("peak memory", format_bytes(report.peak_memory_bytes)),
         ("report", summary["report"]),
     ]
     print_table(f"{report.method.upper()}, {report.bits} bits", ("", ""), rows)
+
+
+def _tuning_rows(report: QuantizationReport) -> list[tuple[str, str]]:
+    tuning = report.tuning
+    if tuning is None:
+        return []
+    kept = f"step {tuning.kept_step} of {tuning.steps}" if tuning.kept_step else "nothing"
+    change = f"{tuning.kl_before:.4f} to {tuning.kl_after:.4f} nats"
+    return [("tuning: KL on held-back text", f"{change}, kept {kept}")]
 
 
 def _groups(group_size: int) -> str:

@@ -95,6 +95,18 @@ OPTIONS = (
         help="Tokens of a window.",
     ),
     click.option(
+        "--tune",
+        type=click.FloatRange(0, min_open=True),
+        metavar="MINUTES",
+        help="Let scales and norms learn so long from text that the steps before did not use; the "
+        "codes stay. Takes a text file of --calibration.",
+    ),
+    click.option(
+        "--tune-steps",
+        type=click.IntRange(1),
+        help="Tune for so many steps at most, which gives the same result again.",
+    ),
+    click.option(
         "--override",
         "overrides",
         multiple=True,
@@ -129,11 +141,12 @@ def quantize_options(command: Command) -> Command:
 def read_options(choices: dict[str, Any]) -> QuantizeOptions:
     """The options as the quantizer takes them. Raises ``OptionError``, ``click.UsageError``."""
     from qserve.quant.formats.registry import OutputFormat
-    from qserve.quant.options import CalibrationSource, Method, QuantizeOptions
+    from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, TuneOptions
     from qserve.quant.overrides import parse_override
 
     named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
     calibration = choices["calibration"]
+    limits = choices["tune"], choices["tune_steps"]
     return QuantizeOptions(
         method=Method(_read_method(choices)),
         bits=choices["bits"],
@@ -148,6 +161,7 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
         overrides=tuple(map(parse_override, choices["overrides"])),
         ignore=choices["ignore"],
         seed=choices["seed"],
+        tune=TuneOptions(*limits) if any(limits) else None,
     )
 
 

@@ -30,9 +30,11 @@ from qserve.quant.model_files import copy_files, write_config
 from qserve.quant.options import QuantizeOptions
 from qserve.quant.plan import Plan, make_plan
 from qserve.quant.progress import Phase, Progress, ProgressCallback
-from qserve.quant.report import QuantizationReport, SizeReport
+from qserve.quant.report import QuantizationReport, SizeReport, TuningReport
 from qserve.quant.run_state import PACKAGES, BlockRecord, RunState, run_key
 from qserve.quant.storage import as_stored, in_pieces, storage_dtype
+from qserve.quant.tuning.session import tune
+from qserve.quant.tuning.windows import gather_windows
 
 COMPUTED = ".rotary_emb.inv_freq"
 """Tensors that old checkpoints hold although they follow from the configuration."""
@@ -83,6 +85,7 @@ def quantize(
         side_file=run.side_file,
     )
     copy_files(source.folder, out)
+    run.tune(out, progress)
     report = run.report(time.perf_counter() - started)
     report.write(out)
     return report
@@ -122,6 +125,8 @@ class _Run:
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
             block, plan, choose_grid
         )
+        self._windows = None if options.tune is None else gather_windows(self._source, options)
+        self._tuning: TuningReport | None = None
         self._total_bytes = 0
         self._bfloat16_outside: tuple[str, ...] = ()
 
@@ -214,6 +219,13 @@ class _Run:
         schemes = {n: scheme for record in self._records for n, scheme in record.schemes.items()}
         return self._format.config_block(schemes, [layer.name for layer in self._plan.skipped])
 
+    def tune(self, out: Path, progress: ProgressCallback) -> None:
+        """Let scales and norms of the whole checkpoint in ``out`` learn, if that is asked for."""
+        if self._options.tune is not None and self._windows is not None:
+            self._tuning = tune(
+                out, self._source, self._windows, self._options.tune, self._format, progress
+            )
+
     def report(self, seconds: float) -> QuantizationReport:
         """Everything that happened."""
         layers = tuple(layer for record in self._records for layer in record.layers)
@@ -229,6 +241,7 @@ class _Run:
             group_size=self._plan.group_size,
             seed=self._options.seed,
             calibration=None if self._calibration is None else self._calibration.report,
+            tuning=self._tuning,
             layers=layers,
             skipped=self._plan.skipped,
             block_errors=tuple(r.error for r in self._records if r.error is not None),

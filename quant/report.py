@@ -120,6 +120,7 @@ class QuantizationReport:
     group_size: int
     seed: int
     calibration: CalibrationReport | None
+    tuning: TuningReport | None
     layers: tuple[LayerReport, ...]
     skipped: tuple[SkippedLayer, ...]
     block_errors: tuple[float, ...]

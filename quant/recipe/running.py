@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qserve.quant.evaluate import Evaluation, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import CalibrationSource, QuantizeOptions
+from qserve.quant.options import CalibrationSource, QuantizeOptions, TuneOptions
 from qserve.quant.output import Discarded, publish_resumable
 from qserve.quant.overrides import Override
 from qserve.quant.pipeline import quantize
@@ -56,6 +56,7 @@ class Job:
     def options(self) -> QuantizeOptions:
         """The quantization that the recipe asks for. Raises ``OptionError``."""
         section, calibration = self.recipe.quantize, self.recipe.calibration
+        tune = section.tune
         sources = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
         return QuantizeOptions(
             method=section.method,
@@ -72,6 +73,7 @@ class Job:
             ),
             ignore=section.ignore,
             seed=section.seed,
+            tune=None if tune is None else TuneOptions(tune.minutes, tune.steps),
             max_shard_bytes=section.max_shard_size,
         )
 

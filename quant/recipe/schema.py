@@ -55,6 +55,19 @@ class OverrideSection(Section):
     group_size: int | None = Field(default=None, description="Inputs that share a scale.")
 
 
+class TuneSection(Section):
+    """How long scales and norms learn after packing: until the first of the limits."""
+
+    minutes: float | None = Field(default=None, gt=0, description="Time for it.")
+    steps: int | None = Field(default=None, ge=1, description="As many give the same again.")
+
+    @model_validator(mode="after")
+    def _ends(self) -> TuneSection:
+        if self.minutes is None and self.steps is None:
+            raise ValueError("tuning needs `minutes`, `steps` or both")
+        return self
+
+
 class QuantizeSection(Section):
     """How weights become codes. What is left out is what `qserve quantize` takes by default."""
 
@@ -79,6 +92,7 @@ class QuantizeSection(Section):
         default=(), description="Regular expressions; layers whose name matches stay in 16 bits."
     )
     seed: int = Field(default=0, description="Seed of self-written calibration text.")
+    tune: TuneSection | None = Field(default=None, description="Learning after packing.")
     max_shard_size: Size = Field(default=DEFAULT_SHARD_BYTES, description="Largest weight file.")
 
 

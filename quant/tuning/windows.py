@@ -9,6 +9,7 @@ import torch
 
 from qserve.quant.calibration_text import texts
 from qserve.quant.errors import CalibrationError, OptionError
+from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import CalibrationSource, QuantizeOptions
 from qserve.quant.windows import read_text, tokenize, windows_between
 
@@ -25,11 +26,11 @@ class TuningWindows:
     held_back: torch.Tensor
 
 
-def gather_windows(tokenizer: Path, options: QuantizeOptions) -> TuningWindows:
+def gather_windows(model: Checkpoint, options: QuantizeOptions) -> TuningWindows:
     """The windows between those that quantization takes from the same text.
 
-    The last ones are held back: what is learned is judged on other pages. tokenizer: the folder it
-    is in. Raises ``OptionError`` for self-written text, which has no more windows than were asked
+    The last ones are held back: what is learned is judged on other pages. model: whose tokenizer
+    counts. Raises ``OptionError`` for self-written text, which has no more windows than were asked
     for, and ``CalibrationError`` for a text that is too short.
     """
     if options.calibration is CalibrationSource.SELF:
@@ -38,7 +39,7 @@ def gather_windows(tokenizer: Path, options: QuantizeOptions) -> TuningWindows:
         text = read_text(options.calibration)
     else:
         text = "\n\n".join(texts())
-    ids = tokenize(tokenizer, text)
+    ids = tokenize(model.folder, text)
     unused = windows_between(ids, options.num_samples, options.seq_len)
     if len(unused) < MIN_WINDOWS:
         raise CalibrationError(

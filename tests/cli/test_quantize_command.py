@@ -191,3 +191,22 @@ def test_wrong_options_are_refused(
     assert done.code == code
     assert re.search(message, done.error), done.error
     assert list(out.parent.iterdir()) == []
+
+
+def test_tuning_is_reported_and_asks_for_text_of_its_own(
+    tiny_llama: Path, out: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text("The harbour wakes before the town does. " * 40)
+    learning = ("--calibration", text, "--tune", "10", "--tune-steps", "1")
+    refused = qserve("quantize", tiny_llama, "-o", out, *FEW, *learning, "--samples", "100")
+    assert refused.code == ExitCode.CALIBRATION
+    assert "0 windows to tune on: give a longer text" in refused.err
+    assert not out.exists()
+    done = qserve("quantize", tiny_llama, "-o", out, *FEW, *learning)
+    assert done.code == ExitCode.OK
+    assert "tuning: " in done.err
+    assert "tuning: KL on held-back text" in done.out
+    tuning = json.loads((out / "quantization_report.json").read_text())["tuning"]
+    assert tuning["steps"] == 1
+    assert tuning["kl_after"] <= tuning["kl_before"]

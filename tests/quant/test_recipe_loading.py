@@ -57,6 +57,10 @@ def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
 @pytest.mark.parametrize(
     ("added", "message"),
     [
+        (
+            "quantize: {tune: {}}",
+            "r.yaml:3: quantize.tune: tuning needs `minutes`, `steps` or both",
+        ),
         ("quantise: {}", "r.yaml:3: quantise: unknown key, did you mean 'quantize'?"),
         ("zzz: 1", "r.yaml:3: zzz: unknown key: expected one of version, model,"),
         ("quantize: {methd: awq}", "quantize.methd: unknown key, did you mean 'method'?"),

@@ -50,7 +50,7 @@ def packed(
 @pytest.fixture
 def windows(tiny_llama: Path, options: QuantizeOptions) -> TuningWindows:
     """A few of the windows that there are."""
-    found = gather_windows(tiny_llama, options)
+    found = gather_windows(Checkpoint(tiny_llama), options)
     return TuningWindows(found.learned[:24], found.held_back[:6])
 
 
@@ -231,7 +231,7 @@ def test_progress_is_told_in_steps_or_in_seconds(
 def test_windows_to_tune_on_are_those_that_quantization_leaves(
     tiny_llama: Path, options: QuantizeOptions
 ) -> None:
-    found = gather_windows(tiny_llama, options)
+    found = gather_windows(Checkpoint(tiny_llama), options)
     assert found.learned.shape[1] == found.held_back.shape[1] == LENGTH
     assert len(found.held_back) == 16
     taken = gather_calibration(Decoder(Checkpoint(tiny_llama)), options).token_ids
@@ -240,12 +240,12 @@ def test_windows_to_tune_on_are_those_that_quantization_leaves(
 
 
 def test_a_text_with_nothing_left_is_refused(tiny_llama: Path, options: QuantizeOptions) -> None:
-    few = gather_windows(tiny_llama, replace(options, num_samples=200))
+    few = gather_windows(Checkpoint(tiny_llama), replace(options, num_samples=200))
     assert 1 <= len(few.held_back) < 16
     with pytest.raises(CalibrationError, match="leaves 0 windows to tune"):
-        gather_windows(tiny_llama, replace(options, num_samples=10_000))
+        gather_windows(Checkpoint(tiny_llama), replace(options, num_samples=10_000))
     with pytest.raises(OptionError, match="give a text file"):
-        gather_windows(tiny_llama, replace(options, calibration=CalibrationSource.SELF))
+        gather_windows(Checkpoint(tiny_llama), replace(options, calibration=CalibrationSource.SELF))
 
 
 def test_tuning_needs_an_end() -> None:

@@ -1,0 +1,34 @@
+"""Progress of work that has phases: each has a display of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from qserve.cli.console import progress
+
+if TYPE_CHECKING:
+    from qserve.quant.progress import Phase, Progress
+
+
+@contextmanager
+def phase_display(
+    phase: Phase, total: int, describe: Callable[[Progress], str]
+) -> Iterator[Callable[[Progress], None]]:
+    """A callback for the work. Its first phase is shown at once, a later one when it begins.
+
+    total: of the first phase. describe: what to say beside a step.
+    """
+    with ExitStack() as shown:
+        current, advance = phase, shown.enter_context(progress(phase.value, total))
+
+        def follow(step: Progress) -> None:
+            nonlocal current, advance
+            if step.phase is not current:
+                shown.close()
+                current = step.phase
+                advance = shown.enter_context(progress(current.value, step.total))
+            advance(step.done, describe(step))
+
+        yield follow
