@@ -73,6 +73,13 @@ OPTIONS = (
         help="Groups of inputs by falling importance (desc_act), for GPTQ's formats.",
     ),
     click.option(
+        "--head",
+        type=click.Choice(["16", "int8"]),
+        default="16",
+        show_default=True,
+        help="The output head in 16 bits, or in 8 (compressed-tensors, GPTQ).",
+    ),
+    click.option(
         "--calibration",
         default=BUILT_IN,
         show_default=True,
@@ -141,7 +148,7 @@ def quantize_options(command: Command) -> Command:
 def read_options(choices: dict[str, Any]) -> QuantizeOptions:
     """The options as the quantizer takes them. Raises ``OptionError``, ``click.UsageError``."""
     from qserve.quant.formats.registry import OutputFormat
-    from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, TuneOptions
+    from qserve.quant.options import CalibrationSource, Head, Method, QuantizeOptions, TuneOptions
     from qserve.quant.overrides import parse_override
 
     named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
@@ -155,6 +162,7 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
         effort=_read_effort(choices),
         damping=choices["damping"],
         activation_order=choices["act_order"],
+        head=Head(choices["head"]),
         calibration=named.get(calibration) or Path(calibration),
         num_samples=choices["samples"],
         seq_len=choices["seq_len"],

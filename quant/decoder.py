@@ -176,16 +176,21 @@ def _bypassed(parent: nn.Module, name: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """The output matrix ``[vocab_size, hidden_size]``, float32, and the cap of Gemma 2's logits.
+    """The output matrix ``[vocab_size, hidden_size]``, float32.
 
-    Logits x become ``soft_cap * tanh(x / soft_cap)``; None leaves them as they are.
+    soft_cap: of Gemma 2's logits x, which become ``soft_cap * tanh(x / soft_cap)``; None leaves
+    them as they are. activations: what hidden states are rounded to, None for not at all.
     """
 
     weight: torch.Tensor
     soft_cap: float | None
+    activations: Activations | None
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[..., vocab_size]`` of normed hidden states ``[..., hidden_size]``."""
+        if self.activations is not None:
+            rows = hidden.flatten(0, -2)
+            hidden = round_activations(rows, self.activations).view_as(hidden)
         logits: torch.Tensor = torch.matmul(hidden, self.weight.T, out=out)
         if self.soft_cap is not None:
             logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
@@ -296,10 +301,14 @@ class Decoder:
     def head(self) -> OutputHead:
         """What makes logits of normed hidden states."""
         name = EMBEDDING if self.is_tied else HEAD
-        weight = checked(
-            self.checkpoint.tensor(name), name, (self.config.vocab_size, self.config.hidden_size)
+        stored = self.checkpoint.linear(name.removesuffix(".weight"))
+        is_float = isinstance(stored, torch.Tensor)
+        weight = stored if isinstance(stored, torch.Tensor) else stored.dequantize()
+        return OutputHead(
+            checked(weight, name, (self.config.vocab_size, self.config.hidden_size)),
+            getattr(self.config, "final_logit_softcapping", None),
+            None if is_float else self.checkpoint.activations,
         )
-        return OutputHead(weight, getattr(self.config, "final_logit_softcapping", None))
 
 
 def checked(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:

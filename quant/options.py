@@ -103,6 +103,16 @@ class Effort(Enum):
     other tools run without text, rounding to nearest."""
 
 
+class Head(Enum):
+    """How the output head is stored."""
+
+    FLOAT = "16"
+    """As it is, in 16 bits."""
+
+    INT8 = "int8"
+    """In 8 bits, one scale a row, beside the embedding that it may have been tied to."""
+
+
 @dataclass(frozen=True, slots=True)
 class TuneOptions:
     """How long to tune at most: minutes, steps of the optimizer, or whichever comes first.
@@ -136,6 +146,8 @@ class QuantizeOptions:
         of a layer; ten times as much as often as that is needed.
     activation_order: groups collect inputs by falling importance, as GPTQ's ``desc_act``; only for
         GPTQ's formats, where it costs speed at run time.
+    head: how the output head is stored; 8 bits in the formats that hold them beside the codes of
+        the method.
     calibration: a UTF-8 text file, or one of the sources that need no file. RTN reads none.
     num_samples, seq_len: calibration windows and their length in tokens.
     overrides: what single layers get instead of ``bits`` and ``group_size``; layers that serving
@@ -157,6 +169,7 @@ class QuantizeOptions:
     effort: Effort = Effort.FULL
     damping: float = DEFAULT_DAMPING
     activation_order: bool = False
+    head: Head = Head.FLOAT
     calibration: Path | CalibrationSource = CalibrationSource.BUILT_IN
     num_samples: int = 32
     seq_len: int = 512

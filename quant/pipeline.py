@@ -17,9 +17,10 @@ from qserve.quant import rtn
 from qserve.quant.block_result import BlockResult
 from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.calibration import Calibration, gather_calibration
-from qserve.quant.decoder import HEAD, Block, Decoder
+from qserve.quant.decoder import EMBEDDING, HEAD, Block, Decoder
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.layer_format import HEAD as HEAD_LAYER
 from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.formats.registry import make_writer
 from qserve.quant.formats.shard_writer import assemble
@@ -28,6 +29,7 @@ from qserve.quant.formats.writer import LayerScheme, scheme_of
 from qserve.quant.methods import profile_of
 from qserve.quant.model_files import copy_files, write_config
 from qserve.quant.options import QuantizeOptions
+from qserve.quant.output_head import round_head
 from qserve.quant.plan import Plan, make_plan
 from qserve.quant.progress import Phase, Progress, ProgressCallback
 from qserve.quant.report import QuantizationReport, SizeReport, TuningReport
@@ -79,7 +81,7 @@ def quantize(
         run.write_tensors(out)
     write_config(
         out,
-        source.config,
+        source.config if plan.head is None else source.config | {"tie_word_embeddings": False},
         run.config_block(),
         dtype=decoder.architecture.dtype,
         side_file=run.side_file,
@@ -200,6 +202,11 @@ class _Run:
         written |= {f"{name}.weight" for record in self._records for name in record.schemes}
         bfloat16 = []
         with PartWriter(self._state.folder / "outside.tensors") as part:
+            if self._plan.head is not None:
+                head = self._source.tensor(EMBEDDING if self._decoder.is_tied else HEAD)
+                for key, tensor in self._encode(HEAD_LAYER, round_head(head)).items():
+                    part.add(f"{HEAD_LAYER}.{key}", tensor)
+                written.add(HEAD)
             for name in self._source:
                 is_tied_head = name == HEAD and self._decoder.is_tied
                 if name in written or is_tied_head or name.endswith(COMPUTED):
@@ -217,6 +224,8 @@ class _Run:
     def config_block(self) -> dict[str, Any]:
         """The ``quantization_config`` of what was written."""
         schemes = {n: scheme for record in self._records for n, scheme in record.schemes.items()}
+        if self._plan.head is not None:
+            schemes[HEAD_LAYER] = self._plan.head
         return self._format.config_block(schemes, [layer.name for layer in self._plan.skipped])
 
     def tune(self, out: Path, progress: ProgressCallback) -> None:

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from qserve.quant.architecture import Stage
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import OptionError
+from qserve.quant.formats.layer_format import HEAD
+from qserve.quant.formats.writer import LayerScheme
 from qserve.quant.methods import WHOLE_ROW
-from qserve.quant.options import QuantizeOptions
+from qserve.quant.options import Head, QuantizeOptions
+from qserve.quant.output_head import head_scheme
 from qserve.quant.overrides import FLOAT_BITS, Overrides, Wish
 from qserve.quant.target import StageSpec, Target, divides
 
@@ -29,6 +32,7 @@ class Plan:
     group_size: of the layers for which nothing else is said, -1 for one scale a row.
     specs: of every quantized stage, by the index of its block and its name.
     skipped: the other linear layers of the blocks, in the order of the model.
+    head: how the output head is coded; None when it stays in 16 bits.
     notes: what a person who asked for something else than the whole should know.
     """
 
@@ -36,6 +40,7 @@ class Plan:
     specs: Mapping[tuple[int, str], StageSpec]
     skipped: tuple[SkippedLayer, ...]
     notes: tuple[str, ...] = ()
+    head: LayerScheme | None = None
 
     def spec(self, block: Block, stage: Stage) -> StageSpec | None:
         """How the layers of this stage are coded; None when they stay in 16 bits."""
@@ -83,7 +88,8 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
     specs = {
         key: _spec(block, stage, wish, group_size, target) for key, (stage, wish) in wishes.items()
     }
-    plan = Plan(group_size, specs, tuple(skipped), tuple(notes))
+    head = _head(decoder, target) if options.head is Head.INT8 else None
+    plan = Plan(group_size, specs, tuple(skipped), tuple(notes), head)
     _check_mixture(plan, block, target)
     return plan
 
@@ -132,6 +138,18 @@ def _spec(block: Block, stage: Stage, wish: Wish, group_size: int, target: Targe
     return replace(spec, reason=wish.reason)
 
 
+def _head(decoder: Decoder, target: Target) -> LayerScheme:
+    """The scheme of a head in 8 bits. Raises ``OptionError`` when the format cannot hold it."""
+    scheme = head_scheme(decoder.config.vocab_size, decoder.config.hidden_size)
+    refusal = target.refuse_scheme(scheme)
+    if refusal is not None:
+        raise OptionError(
+            f"an output head in 8 bits: {refusal}; leave it in 16 bits, or choose another format, "
+            "such as compressed-tensors"
+        )
+    return scheme
+
+
 def _check_mixture(plan: Plan, block: Block, target: Target) -> None:
     """Raise ``OptionError`` when the format cannot hold the layers of a plan side by side."""
     linears = {stage.name: stage.linears for stage in block.stages}
@@ -140,6 +158,8 @@ def _check_mixture(plan: Plan, block: Block, target: Target) -> None:
         for (index, stage), spec in plan.specs.items()
         for name in linears[stage]
     }
+    if plan.head is not None:
+        schemes[HEAD] = plan.head
     refusal = target.refuse_mixture(schemes, [layer.name for layer in plan.skipped])
     if refusal is not None:
         raise OptionError(f"{refusal}: override with 16 bits alone, or choose another format")

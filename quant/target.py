@@ -67,7 +67,11 @@ class Target:
         """Why the format cannot hold a layer; None when it can."""
         if layer.in_features % spec.group_size:
             return f"{layer.in_features} inputs, the format needs a multiple of {spec.group_size}"
-        return self._writer.refusal(spec.scheme(layer))
+        return self.refuse_scheme(spec.scheme(layer))
+
+    def refuse_scheme(self, scheme: LayerScheme) -> str | None:
+        """Why the format cannot hold a layer that is coded so; None when it can."""
+        return self._writer.refusal(scheme)
 
     def misfit(self, layer: nn.Linear) -> str | None:
         """Why the format cannot hold a layer at the method's own width, in any group size."""
@@ -76,7 +80,7 @@ class Target:
             smallest = min(self.group_sizes)
             return f"{layer.in_features} inputs, the format needs a multiple of {smallest}"
         spec = self.spec(layer, self.levels.bits, fitting[-1])
-        return self._writer.refusal(spec.scheme(layer))
+        return self.refuse_scheme(spec.scheme(layer))
 
     def refuse_mixture(
         self, schemes: Mapping[str, LayerScheme], ignored: Sequence[str]

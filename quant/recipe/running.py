@@ -65,6 +65,7 @@ class Job:
             effort=section.effort,
             damping=section.damping,
             activation_order=section.act_order,
+            head=section.head,
             calibration=sources.get(calibration.text) or self.folder / calibration.text,
             num_samples=calibration.samples,
             seq_len=calibration.seq_len,

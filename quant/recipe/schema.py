@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Method
+from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Head, Method
 from qserve.quant.steps import DEFAULT_DAMPING
 
 BUILT_IN, SELF, TOPICS = "builtin", "self", "python-topics"
@@ -35,6 +35,11 @@ def parse_share(value: Any) -> Any:
     if isinstance(value, str) and value.strip().endswith("%"):
         return float(value.strip()[:-1]) / 100
     return value
+
+
+def _as_text(value: Any) -> Any:
+    """A number as YAML reads it where a word is one of several: 16 is "16"."""
+    return str(value) if isinstance(value, int) else value
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -84,6 +89,9 @@ class QuantizeSection(Section):
     )
     act_order: bool = Field(
         default=False, description="Groups of inputs by importance, in GPTQ's formats."
+    )
+    head: Annotated[Head, BeforeValidator(_as_text)] = Field(
+        default=Head.FLOAT, description="The output head, in 16 bits or int8."
     )
     overrides: tuple[OverrideSection, ...] = Field(
         default=(), description="Other settings for some layers; the later counts."

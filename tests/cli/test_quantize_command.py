@@ -154,6 +154,7 @@ OPTIONS = {
     "two efforts": (("--plain", "--fast"), ExitCode.USAGE, "contradict each other"),
     "damping": (("--damping", "0"), ExitCode.USAGE, "0 is not in the range"),
     "order": (("--awq", "--act-order"), ExitCode.USAGE, "awq does not hold it"),
+    "head": (("--awq", "--head", "int8"), ExitCode.USAGE, "head in 8 bits: AWQ gemm holds 4-bit"),
     "unknown option": (("--ggml",), ExitCode.USAGE, "--ggml"),
     "two methods": (("--gptq", "--method", "awq"), ExitCode.USAGE, "contradict each other"),
     "bits of the method": (("--gptq", "--bits", "5"), ExitCode.USAGE, "4 or 3 or 2 or 8-bit"),

@@ -76,6 +76,7 @@ def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
         ("quantize: {overrides: [{bits: 8}]}", "overrides.0.layers: missing: a regular expression"),
         ("quantize: {overrides: [{layers: a, bit: 8}]}", "unknown key, did you mean 'bits'?"),
         ("quantize: {effort: much}", "quantize.effort: got 'much'"),
+        ("quantize: {head: 8}", "quantize.head: got '8'"),
         ("quantize: {damping: 2}", "quantize.damping: got 2"),
         ("quantize: {max_shard_size: big}", "'big' is no size"),
         ("quantize: {max_shard_size: 0}", "quantize.max_shard_size: got 0"),
@@ -141,3 +142,9 @@ def test_the_schema_for_editors_knows_every_section_and_forbids_the_rest() -> No
     sections = schema["$defs"]
     assert sections["ReportsSection"]["properties"].keys() == {"json", "markdown", "html", "junit"}
     assert all(s["additionalProperties"] is False for n, s in sections.items() if "Section" in n)
+
+
+@pytest.mark.parametrize("written", ["16", "'16'", "int8"])
+def test_the_head_may_be_given_as_a_number_or_a_word(written: str) -> None:
+    text = f"model: m\noutput: {{folder: o}}\nquantize: {{head: {written}}}"
+    assert parse_recipe(text, "r.yaml").quantize.head.value == written.strip("'")
