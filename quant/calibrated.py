@@ -9,13 +9,16 @@ For each block, with the inputs that the quantized blocks before it produce:
    and rounding are chosen by it, and the codes replace the weights before the next stage runs.
    (GPTQ: Frantar et al. 2022, arXiv 2210.17323.)
 
+   The float model runs beside the quantized one, and each layer aims at making up for what those
+   before it have lost: see ``drift.py``.
+
 All scales are known before anything is rounded, so what a scale is folded into (the value and up
 projections among others) is divided once, in float, and its codes fit its final stored scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +28,7 @@ from qserve.quant.architecture import Fold, Stage
 from qserve.quant.block_result import BlockResult
 from qserve.quant.codes import choose_codes
 from qserve.quant.decoder import Block, ScratchMemory
+from qserve.quant.drift import Drift, aim
 from qserve.quant.errors import CheckpointError
 from qserve.quant.folding import fold_, settle_, sharing_of
 from qserve.quant.formats.layer_format import QuantizedWeight
@@ -66,18 +70,35 @@ class _Transformed:
     left: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _StageResult:
+    """The layers of a stage by their names: codes, and the weights ``[N, K]`` they stand for."""
+
+    codes: dict[str, QuantizedWeight]
+    rounded: dict[str, torch.Tensor]
+    reports: tuple[LayerReport, ...]
+
+
 class CalibratedQuantizer:
     """Quantizes the blocks of one model in their order.
 
     hidden: ``[num_windows, seq_len, hidden_size]``, what the first block receives; becomes what the
-    quantized model has after the last one.
+    quantized model has after the last one. exact: the same for the float model; None: it is not
+    followed.
     """
 
-    def __init__(self, hidden: torch.Tensor, plan: Plan, profile: Profile) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        plan: Plan,
+        profile: Profile,
+        exact: torch.Tensor | None = None,
+    ) -> None:
         self._hidden = hidden
+        self._exact = exact
         self._plan = plan
         self._profile = profile
-        self._scratch = ScratchMemory()
+        self._scratch, self._exact_scratch = ScratchMemory(), ScratchMemory()
         self._stride = max(1, hidden.shape[0] // NUM_TRANSFORM_WINDOWS)
 
     def quantize_block(self, block: Block) -> BlockResult:
@@ -91,15 +112,56 @@ class CalibratedQuantizer:
             block.round_inputs_(self._plan.names_in(block), self._profile.activations)
         weights: dict[str, QuantizedWeight] = {}
         layers: list[LayerReport] = []
+        beside = self._walk_beside(block)
+        exact_inputs = next(beside)
         for stage, inputs in block.walk_(self._hidden, self._scratch):
             spec = self._plan.spec(block, stage)
-            if spec is not None:
-                scale = transformed.scales.get(stage.name)
-                gram = self._gram_of(block, stage, inputs, self._profile.activations)
-                codes, reports = self._quantize_stage_(block, stage, spec, gram, scale)
-                weights |= codes
-                layers += reports
+            if spec is None:
+                exact_inputs = next(beside)
+                continue
+            gram = self._gram_of(block, stage, inputs, self._profile.activations)
+            aim_at = self._aim(block, stage, gram, inputs, exact_inputs)
+            scale = transformed.scales.get(stage.name)
+            found = self._quantize_stage(block, stage, spec, gram, aim_at, scale)
+            exact_inputs = next(beside)  # while the block still has the float weights
+            for name, rounded in found.rounded.items():
+                block.linear(name).weight.copy_(rounded)
+            weights |= found.codes
+            layers += found.reports
         return BlockResult(weights, tuple(layers), self._block_error(transformed))
+
+    def _walk_beside(self, block: Block) -> Iterator[torch.Tensor | None]:
+        """What the float model gives each stage, one more None at the end.
+
+        Each step runs on the weights that the block has at that moment.
+        """
+        if self._exact is not None:
+            walk = block.walk_(self._exact, self._exact_scratch)
+            for _ in block.stages:
+                with block.unrounded():
+                    _, inputs = next(walk)
+                yield inputs
+            with block.unrounded():
+                next(walk, None)
+        while True:
+            yield None
+
+    def _aim(
+        self,
+        block: Block,
+        stage: Stage,
+        gram: torch.Tensor,
+        inputs: torch.Tensor,
+        exact_inputs: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The weights that a stage would best have, given what those before it became."""
+        weight = torch.cat([block.linear(name).weight for name in stage.linears])
+        if exact_inputs is None or not self._steps_for(len(gram)).follow_float_model:
+            return weight
+        assert self._exact is not None
+        received = self._received(inputs, self._profile.activations)
+        hidden = (self._hidden, self._exact) if block.adds(stage) else None
+        return aim(weight, gram, Drift(received, exact_inputs, hidden))
 
     def _transform_(self, block: Block) -> _Transformed:
         """Choose and fold the scales of a float block."""
@@ -139,17 +201,20 @@ class CalibratedQuantizer:
             return None  # published for query heads that have key/value heads of their own
         return PublishedScaleSearch(weight, inputs, gram, *form).run
 
-    def _quantize_stage_(
+    def _quantize_stage(
         self,
         block: Block,
         stage: Stage,
         spec: StageSpec,
         gram: torch.Tensor,
+        weight: torch.Tensor,
         choice: ScaleChoice | None,
-    ) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
-        """Replace the weights of a stage by what their codes stand for."""
+    ) -> _StageResult:
+        """The codes of a stage.
+
+        weight: of its layers one above the other, what the codes are to stand for.
+        """
         linears = [block.linear(name) for name in stage.linears]
-        weight = torch.cat([linear.weight for linear in linears])
         sizes = [linear.out_features for linear in linears]
         group_size, levels = spec.group_size, spec.levels
         steps = self._steps_for(len(gram))
@@ -164,12 +229,10 @@ class CalibratedQuantizer:
         clipped = torch.cat(
             [part.clipped(piece) for part, piece in zip(chosen, pieces, strict=True)]
         )
-        codes = {name: part.pack() for name, part in zip(stage.linears, parts, strict=True)}
         reports = []
         for name, linear, rows in zip(
             stage.linears, linears, torch.arange(len(weight)).split(sizes), strict=True
         ):
-            linear.weight.copy_(rounded[rows])
             energy = float(energies[rows].sum())
             reports.append(
                 LayerReport(
@@ -186,7 +249,11 @@ class CalibratedQuantizer:
                     rounding=steps.rounding.value,
                 )
             )
-        return codes, reports
+        return _StageResult(
+            codes={name: part.pack() for name, part in zip(stage.linears, parts, strict=True)},
+            rounded=dict(zip(stage.linears, rounded.split(sizes), strict=True)),
+            reports=tuple(reports),
+        )
 
     def _steps_for(self, num_inputs: int) -> Steps:
         """The steps that were asked for, unless there are too few tokens for error feedback."""
@@ -202,6 +269,12 @@ class CalibratedQuantizer:
         added = transformed.left - transformed.entered
         return float(difference.square().sum() / added.square().sum())
 
+    @staticmethod
+    def _received(inputs: torch.Tensor, activations: Activations | None) -> Iterator[torch.Tensor]:
+        """Windows ``[T, K]`` of inputs as the layers multiply them."""
+        for window in inputs:
+            yield window if activations is None else round_activations(window, activations)
+
     def _gram_of(
         self, block: Block, stage: Stage, inputs: torch.Tensor, activations: Activations | None
     ) -> torch.Tensor:
@@ -210,8 +283,8 @@ class CalibratedQuantizer:
         activations: how the layers of the stage round them.
         """
         gram = GramMatrix(inputs.shape[-1])
-        for window in inputs:
-            gram.add(window if activations is None else round_activations(window, activations))
+        for window in self._received(inputs, activations):
+            gram.add(window)
         mean = gram.mean()
         if not bool(torch.isfinite(mean).all()):
             raise CheckpointError(

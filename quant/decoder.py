@@ -63,6 +63,7 @@ class Block:
         self.index = index
         self.layer = layer
         self.architecture = architecture
+        self._rounds_inputs = True
         self._context: dict[str, Any] = {
             "position_embeddings": positions,  # cosines and sines, each [1, T, rotary width]
             "attention_mask": mask,
@@ -90,11 +91,27 @@ class Block:
         """Let linear layers round their inputs, as the kernels that run a checkpoint do."""
 
         def rounded(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            if not self._rounds_inputs:
+                return inputs
             rows = inputs[0].flatten(0, -2)
             return (round_activations(rows, activations).view_as(inputs[0]),)
 
         for name in names:
             self.linear(name).register_forward_pre_hook(rounded)
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Meanwhile no layer rounds its inputs."""
+        self._rounds_inputs = False
+        try:
+            yield
+        finally:
+            self._rounds_inputs = True
+
+    def adds(self, stage: Stage) -> bool:
+        """Whether the output of a stage is added to the hidden states, and as it is."""
+        norms = {1: self.architecture.attention_norm, 3: self.architecture.mlp_norm}
+        return norms.get(self.stages.index(stage), "") is None
 
     def run_(self, hidden: torch.Tensor) -> None:
         """Replace hidden states ``[S, T, hidden_size]`` by the output of the block."""

@@ -122,7 +122,7 @@ class _Run:
         )
         self._records = state.finished(with_hidden=self._profile.calibrated)
         self._calibration: Calibration | None = None
-        self._hidden: torch.Tensor | None = None
+        self._hidden: torch.Tensor | None = None  # [models, S, T, hidden_size], the float one last
         choose_grid = self._profile.choose_grid
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
             block, plan, choose_grid
@@ -142,18 +142,20 @@ class _Run:
             self._state.write_object(CALIBRATION, self._calibration.to_dict())
         else:
             self._calibration = Calibration.from_dict(kept)
-        hidden = as_stored(self._decoder.embed(self._calibration.token_ids))
+        embedded = as_stored(self._decoder.embed(self._calibration.token_ids))
+        num_models = 2 if self._profile.steps.follow_float_model else 1
+        hidden = embedded.repeat(num_models, 1, 1, 1)
         if self._records:
             self._state.load_hidden_(len(self._records) - 1, hidden)
         self._hidden = hidden
-        quantizer = CalibratedQuantizer(hidden, self._plan, self._profile)
+        quantizer = CalibratedQuantizer(hidden[0], self._plan, self._profile, *hidden[1:])
         self._quantize_block = quantizer.quantize_block
 
     def quantize_blocks(self, progress: ProgressCallback) -> None:
         """Quantize and write every block that is not finished."""
         started = time.perf_counter()
         done, total = len(self._records), self._decoder.num_blocks
-        length = 1 if self._hidden is None else self._hidden.shape[1]
+        length = 1 if self._hidden is None else self._hidden.shape[2]
         for index in range(done, total):
             block = self._decoder.block(index, length)
             record = self._write_block(block, self._quantize_block(block))

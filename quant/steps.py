@@ -49,7 +49,8 @@ class Rounding(Enum):
 
     FEEDBACK = "feedback"
     """What rounding one input does wrong is made up for by the inputs after it, then codes and
-    group scales are improved in turn (GPTQ, coordinate descent, refit): free at run time."""
+    group scales are improved in turn (GPTQ, coordinate descent, refit): free at run time. What the
+    layers before did wrong is made up for too, where the float model runs beside."""
 
     PUBLISHED_FEEDBACK = "published feedback"
     """GPTQ as published: each input once, in groups that span what is left of their weights."""
@@ -68,3 +69,8 @@ class Steps:
     rounding: Rounding = Rounding.FEEDBACK
     damping: float = DEFAULT_DAMPING
     activation_order: bool = False
+
+    @property
+    def follow_float_model(self) -> bool:
+        """Whether the float model is run beside, to make up for what is lost on the way."""
+        return self.rounding is Rounding.FEEDBACK

@@ -46,7 +46,7 @@ ACTIVATIONS = {
 }
 
 WORST = {
-    Method.INT8: 0.01,
+    Method.INT8: 0.015,
     Method.SMOOTHQUANT: 0.02,
     Method.LLM_INT8: 0.02,
     Method.FLOAT8: 0.06,

@@ -117,8 +117,8 @@ def test_packed_weights_are_those_the_model_was_calibrated_with_bit_for_bit(
     calibration = gather_calibration(decoder, tiny_options)
     hidden = as_stored(decoder.embed(calibration.token_ids))
     stored_hidden = written.embed(calibration.token_ids)
-    plan = make_plan(decoder, tiny_options)
-    quantizer = CalibratedQuantizer(hidden, plan, profile_of(tiny_options))
+    plan, profile = make_plan(decoder, tiny_options), profile_of(tiny_options)
+    quantizer = CalibratedQuantizer(hidden, plan, profile, exact=hidden.clone())
     for index in range(decoder.num_blocks):
         block = decoder.block(index, tiny_options.seq_len)
         quantizer.quantize_block(block)
