@@ -25,10 +25,9 @@ def test_tensors_on_a_cpu_take_the_native_kernels(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_tensors_on_a_gpu_take_triton_where_there_is_a_kernel(op: str) -> None:
+def test_tensors_on_a_gpu_take_triton(op: str) -> None:
     choice = choose(op, torch.device("cuda", 0))
-    has_kernel = (KERNELS / op / "kernel.py").exists()
-    assert choice.backend is (Backend.TRITON if has_kernel else Backend.REFERENCE)
+    assert choice.backend is Backend.TRITON
     assert (Backend.CPU, "the tensors are on cuda") in choice.rejected
 
 

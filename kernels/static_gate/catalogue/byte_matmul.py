@@ -13,7 +13,7 @@ from qserve.kernels.gpu_target import GpuTarget, Vendor
 from qserve.kernels.int8_matmul import kernel as int8_kernel
 from qserve.kernels.int8_matmul import launch as int8_rule
 from qserve.kernels.quantize_tokens import kernel as token_kernel
-from qserve.kernels.static_gate.catalogue.promises import byte_promises
+from qserve.kernels.static_gate.catalogue.promises import byte_promises, float8_promises
 from qserve.kernels.static_gate.catalogue.tiles import Operands, tile_spec
 from qserve.kernels.static_gate.spec import TRITON_NAMES, KernelSpec, Promises
 from qserve.kernels.tiled_matmul.launch import MatmulProblem
@@ -38,13 +38,18 @@ _INT8_CASES = (
     _Case(16, 64, _BRAIN),
     _Case(16, 128, _HALF, asymmetric=True),
     _Case(2048, 0, _HALF),
+    _Case(32, 64, _BRAIN),
     _Case(16, 0, None, is_core=True),
+    _Case(32, 0, None),
+    _Case(64, 0, None),
     _Case(2048, 0, None),
 )
 _FLOAT8_CASES = (
     _Case(16, 0, _HALF),
     _Case(16, 128, _BRAIN),
+    _Case(32, 128, _BRAIN),
     _Case(16, 0, None),
+    _Case(32, 0, None),
     _Case(2048, 128, None),
 )
 
@@ -89,7 +94,7 @@ def _float8_spec(case: _Case, target: GpuTarget) -> KernelSpec:
         f"float8_matmul {_describe(case, 'float8')}",
         launch,
         _operands(case, float8_kernel.sum_blocks, TRITON_NAMES[dtype], parameters, epilogue),
-        byte_promises(launch, target),
+        float8_promises(launch, target),
         float8_rule.trip_bytes(launch),
         is_core=case.is_core,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from qserve.kernels.float8_matmul.launch import FLOAT8_DTYPES
@@ -77,6 +79,14 @@ def byte_promises(launch: MatmulLaunch, target: GpuTarget) -> Promises:
         min_warps=8,
         no_conversions=dtype is torch.float16 and not launch.problem.group_size,
     )
+
+
+def float8_promises(launch: MatmulLaunch, target: GpuTarget) -> Promises:
+    """Of values of 8 bits."""
+    promises = byte_promises(launch, target)
+    if target.name == "sm_80" and launch.problem.dtype is torch.bfloat16 and _has_few_rows(launch):
+        return replace(promises, max_issue_share=0.85)  # values become floats by arithmetic
+    return promises
 
 
 def dense_promises(launch: MatmulLaunch, target: GpuTarget) -> Promises:
