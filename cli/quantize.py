@@ -74,16 +74,18 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
         )
     decoder = Decoder(source)
     plan = make_plan(decoder, options)
-    if options.group_size is None:
+    if options.group_size is None and not options.is_limited:
         say(f"{_groups(plan.group_size)}: the coarsest that the method has and every layer fits")
     for note in plan.notes:
         say(note)
     protect = [source.folder, *(path for path in read if path.exists())]
     key = run_key(source, options)
+    steps = decoder.num_blocks
+    first = (Phase.MEASURE, 2 * steps) if options.is_limited else (Phase.QUANTIZE, steps)
     with (
         telling_what_is_kept(output, key, restart),
         publish_resumable(output, key, force, protect=protect, restart=restart) as draft,
-        phase_display(Phase.QUANTIZE, decoder.num_blocks, _describe) as follow,
+        phase_display(*first, _describe) as follow,
     ):
         return quantize(source, draft.result, options, follow, draft.work)
 

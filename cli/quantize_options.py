@@ -21,6 +21,24 @@ METHODS = (
 FORMATS = ("awq", "gptq", "gptq-v2", "compressed-tensors", "bitsandbytes")
 
 
+def read_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Bytes, of ``120MB``, ``4.5GB`` or ``2GiB``."""
+    from qserve.quant.size_text import parse_size
+
+    try:
+        return None if value is None else parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def read_widths(_: click.Context, __: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Whole numbers with commas in between."""
+    try:
+        return () if value is None else tuple(map(int, value.split(",")))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected widths such as 4,8,16") from None
+
+
 def method_flag(name: str, text: str) -> Callable[[Command], Command]:
     """The option ``--name``, which stands for ``--method name``."""
     return click.option(f"--{name}", "flags", flag_value=name, help=text)
@@ -122,6 +140,25 @@ OPTIONS = (
         "16 bits. May be repeated, the later counts.",
     ),
     click.option(
+        "--avg-bits",
+        type=click.FloatRange(0, min_open=True),
+        help="Choose bits and groups for every layer, so that a weight takes so many bits on "
+        "average, scales included.",
+    ),
+    click.option(
+        "--max-size",
+        callback=read_size,
+        metavar="SIZE",
+        help="The same, so that the weight files take at most 120MB, 4.5GB, 2GiB.",
+    ),
+    click.option(
+        "--widths",
+        callback=read_widths,
+        metavar="4,8,16",
+        help="Bits to choose from for --avg-bits and --max-size. Default: all that the format "
+        "holds, and 16.",
+    ),
+    click.option(
         "--ignore",
         multiple=True,
         metavar="REGEX",
@@ -167,6 +204,9 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
         num_samples=choices["samples"],
         seq_len=choices["seq_len"],
         overrides=tuple(map(parse_override, choices["overrides"])),
+        avg_bits=choices["avg_bits"],
+        max_size=choices["max_size"],
+        widths=choices["widths"],
         ignore=choices["ignore"],
         seed=choices["seed"],
         tune=TuneOptions(*limits) if any(limits) else None,

@@ -21,6 +21,7 @@ from qserve.quant.formats.checkpoint import (
 )
 from qserve.quant.formats.fused_sets import FUSED_SETS
 from qserve.quant.formats.gptq import GptqFormat
+from qserve.quant.formats.layer_format import COMPUTED
 from qserve.quant.gptq_checks import check_group_index, check_zero_points
 
 SMALLEST_NORMAL = 2.0**-14
@@ -29,7 +30,6 @@ SMALLEST_NORMAL = 2.0**-14
 LEAST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 """What takes the place of a scale of zero: the smallest of its type that readers keep."""
 
-COMPUTED = ".rotary_emb.inv_freq"
 SCALES = (".scales", ".weight_scale", ".weight_scale_inv", ".SCB", ".weight.absmax")
 
 Check = Callable[[Checkpoint], Iterator[Finding]]

@@ -116,7 +116,29 @@ class Block:
     def run_(self, hidden: torch.Tensor) -> None:
         """Replace hidden states ``[S, T, hidden_size]`` by the output of the block."""
         for window in hidden:
-            window.copy_(self.layer(window[None], **self._context)[0])
+            window.copy_(self.output(window))
+
+    def output(self, window: torch.Tensor) -> torch.Tensor:
+        """What the block makes of the hidden states ``[T, hidden_size]`` of one window."""
+        output: torch.Tensor = self.layer(window[None], **self._context)[0]
+        return output
+
+    @contextmanager
+    def watched(self, seen: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+        """Put the input and the output of every linear layer of a stage into ``seen``."""
+
+        def watch(name: str) -> Any:
+            def keep(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+                seen[name] = inputs[0], output
+
+            return self.linear(name).register_forward_hook(keep)
+
+        handles = [watch(name) for stage in self.stages for name in stage.linears]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def run_with(
         self, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor]

@@ -19,7 +19,7 @@ import torch
 from qserve.quant.decoder import Decoder, OutputHead
 from qserve.quant.errors import CalibrationError, CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.progress import Phase, Progress, ProgressCallback
+from qserve.quant.progress import Pace, Phase, ProgressCallback
 from qserve.quant.windows import spread_windows, tokenize
 
 DEFAULT_NUM_WINDOWS = 48
@@ -82,7 +82,7 @@ def evaluate(
         )
     token_ids = tokenize((base or model).folder, text)
     windows = spread_windows(token_ids, num_windows, seq_len)
-    report = _Pace(progress, total=sum(d.num_blocks for d in decoders) + len(windows))
+    report = Pace(progress, Phase.EVALUATE, sum(d.num_blocks for d in decoders) + len(windows))
     outputs = [final_hidden(decoder, windows, report.step) for decoder in decoders]
     scores = _score(decoders, outputs, windows, report)
     evaluation = _summarize(scores, windows, base is not None)
@@ -91,22 +91,6 @@ def evaluate(
         activations=None if model.activations is None else model.activations.value,
         seconds=time.perf_counter() - started,
     )
-
-
-class _Pace:
-    """Counts finished steps and says how long the rest will take."""
-
-    def __init__(self, progress: ProgressCallback, total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done = 0
-        self._started = time.perf_counter()
-
-    def step(self) -> None:
-        self._done += 1
-        pace = (time.perf_counter() - self._started) / self._done
-        left = pace * (self._total - self._done)
-        self._progress(Progress(Phase.EVALUATE, self._done, self._total, left))
 
 
 def final_hidden(decoder: Decoder, windows: torch.Tensor, step: Callable[[], None]) -> torch.Tensor:
@@ -132,7 +116,7 @@ class _Scores:
 
 
 def _score(
-    decoders: list[Decoder], outputs: list[torch.Tensor], windows: torch.Tensor, report: _Pace
+    decoders: list[Decoder], outputs: list[torch.Tensor], windows: torch.Tensor, report: Pace
 ) -> _Scores:
     """Compare the last decoder with the first, which are the same one without a base."""
     heads = [decoder.head() for decoder in decoders]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.registry import OutputFormat
-from qserve.quant.overrides import FLOAT_BITS, Override
+from qserve.quant.overrides import FLOAT_BITS, Override, check_bits
 from qserve.quant.steps import DEFAULT_DAMPING
 
 GROUP_SIZES = (128, 64, 32)
@@ -152,6 +152,11 @@ class QuantizeOptions:
     num_samples, seq_len: calibration windows and their length in tokens.
     overrides: what single layers get instead of ``bits`` and ``group_size``; layers that serving
         engines run as one get the same, and of two settings for a layer the later counts.
+    avg_bits: bits a weight that the linear layers of the blocks may have on average, with scales
+        and zero points; bits and groups are then chosen for each layer.
+    max_size: bytes that the weight files may have together; likewise.
+    widths: bits to choose from, 16 for layers that stay as they are; none for all that the format
+        holds.
     ignore: regular expressions; a linear layer stays in 16 bits when one is found in its full name
         (``model.layers.0.mlp.down_proj``), together with the layers that serving engines fuse
         it with.
@@ -174,6 +179,9 @@ class QuantizeOptions:
     num_samples: int = 32
     seq_len: int = 512
     overrides: tuple[Override, ...] = ()
+    avg_bits: float | None = None
+    max_size: int | None = None
+    widths: tuple[int, ...] = ()
     ignore: tuple[str, ...] = ()
     seed: int = 0
     tune: TuneOptions | None = None
@@ -190,8 +198,28 @@ class QuantizeOptions:
             raise OptionError(f"damping {self.damping}: expected a share above 0 and up to 1")
         if self.seq_len < 2:
             raise OptionError(f"seq_len {self.seq_len}: expected at least 2 tokens")
+        self._check_limits()
         for pattern in self.ignore:
             Override(pattern, FLOAT_BITS)
+
+    def _check_limits(self) -> None:
+        for name in ("avg_bits", "max_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise OptionError(f"{name} {value}: expected a positive number")
+        if self.is_limited and self.bits is not None:
+            raise OptionError(
+                f"bits {self.bits} and a limit on the size: give one; widths says what to choose of"
+            )
+        if self.widths and not self.is_limited:
+            raise OptionError("widths are chosen from under a limit: give avg_bits or max_size")
+        for width in self.widths:
+            check_bits("widths", width)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether bits and groups are chosen for a size."""
+        return self.avg_bits is not None or self.max_size is not None
 
     @property
     def all_overrides(self) -> tuple[Override, ...]:

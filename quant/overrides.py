@@ -11,7 +11,8 @@ from qserve.quant.errors import OptionError
 FLOAT_BITS = 16
 """The width that leaves a layer as it is."""
 
-OVERRIDE_BITS = (2, 3, 4, 8, FLOAT_BITS)
+CODE_BITS = (2, 3, 4, 8)
+"""Widths of integer codes that kernels have, and formats for any of them."""
 
 SYNTAX = "expected REGEX=bits:8,group:32, or REGEX=16 to leave layers in 16 bits"
 
@@ -36,13 +37,19 @@ class Override:
             raise OptionError(f"{self.pattern!r} is not a regular expression ({error})") from None
         if self.bits is None and self.group_size is None:
             raise OptionError(f"override {self.pattern!r} sets neither bits nor a group size")
-        if self.bits is not None and self.bits not in OVERRIDE_BITS:
-            listed = ", ".join(map(str, OVERRIDE_BITS))
-            raise OptionError(f"override {self.pattern!r}: {self.bits} bits: expected {listed}")
+        if self.bits is not None:
+            check_bits(f"override {self.pattern!r}", self.bits)
 
     def matches(self, name: str) -> bool:
         """Whether it is for the layer of this full name."""
         return re.search(self.pattern, name) is not None
+
+
+def check_bits(what: str, bits: int) -> None:
+    """Raise ``OptionError`` for a width that is neither of a code nor 16. what: for the message."""
+    expected = (*CODE_BITS, FLOAT_BITS)
+    if bits not in expected:
+        raise OptionError(f"{what}: {bits} bits: expected {', '.join(map(str, expected))}")
 
 
 def parse_override(text: str) -> Override:

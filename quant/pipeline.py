@@ -27,6 +27,7 @@ from qserve.quant.formats.shard_writer import assemble
 from qserve.quant.formats.tensor_part import Part, PartWriter
 from qserve.quant.formats.writer import LayerScheme, scheme_of
 from qserve.quant.methods import profile_of
+from qserve.quant.mixture import Estimates, Mixer
 from qserve.quant.model_files import copy_files, write_config
 from qserve.quant.options import QuantizeOptions
 from qserve.quant.output_head import round_head
@@ -35,16 +36,17 @@ from qserve.quant.progress import Phase, Progress, ProgressCallback
 from qserve.quant.report import QuantizationReport, SizeReport, TuningReport
 from qserve.quant.run_state import PACKAGES, BlockRecord, RunState, run_key
 from qserve.quant.storage import as_stored, in_pieces, storage_dtype
+from qserve.quant.stored_size import is_written
 from qserve.quant.tuning.session import tune
 from qserve.quant.tuning.windows import gather_windows
-
-COMPUTED = ".rotary_emb.inv_freq"
-"""Tensors that old checkpoints hold although they follow from the configuration."""
 
 PROGRAM = f"qserve:{version('qserve-llm')}"
 
 CALIBRATION = "calibration"
 """The name of the windows in the state of a run."""
+
+ESTIMATES = "estimates"
+"""The name of what was measured for a limit on the size."""
 
 BlockQuantizer = Callable[[Block], BlockResult]
 
@@ -76,7 +78,7 @@ def quantize(
     decoder.check_outside_blocks()
     with _work_folder(work, out) as folder:
         run = _Run(decoder, plan, options, RunState(folder / run_key(source, options)))
-        run.prepare()
+        run.prepare(progress)
         run.quantize_blocks(progress)
         run.write_tensors(out)
     write_config(
@@ -123,18 +125,22 @@ class _Run:
         self._records = state.finished(with_hidden=self._profile.calibrated)
         self._calibration: Calibration | None = None
         self._hidden: torch.Tensor | None = None  # [models, S, T, hidden_size], the float one last
+        self._mixer = Mixer(decoder, options, plan) if options.is_limited else None
         choose_grid = self._profile.choose_grid
         self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
-            block, plan, choose_grid
+            block, self._plan, choose_grid
         )
         self._windows = None if options.tune is None else gather_windows(self._source, options)
         self._tuning: TuningReport | None = None
         self._total_bytes = 0
         self._bfloat16_outside: tuple[str, ...] = ()
 
-    def prepare(self) -> None:
-        """Gather the calibration windows, unless the method reads none or they are kept."""
-        if not self._profile.calibrated:
+    def prepare(self, progress: ProgressCallback) -> None:
+        """Gather the calibration windows, unless nothing is read, and settle the plan by them.
+
+        What is kept is taken from the state.
+        """
+        if not self._profile.calibrated and self._mixer is None:
             return
         kept = self._state.read_object(CALIBRATION)
         if kept is None:
@@ -142,6 +148,10 @@ class _Run:
             self._state.write_object(CALIBRATION, self._calibration.to_dict())
         else:
             self._calibration = Calibration.from_dict(kept)
+        if self._mixer is not None:
+            self._plan = self._mixer.plan(self._estimates(self._mixer, progress))
+        if not self._profile.calibrated:
+            return
         embedded = as_stored(self._decoder.embed(self._calibration.token_ids))
         num_models = 2 if self._profile.steps.follow_float_model else 1
         hidden = embedded.repeat(num_models, 1, 1, 1)
@@ -150,6 +160,17 @@ class _Run:
         self._hidden = hidden
         quantizer = CalibratedQuantizer(hidden[0], self._plan, self._profile, *hidden[1:])
         self._quantize_block = quantizer.quantize_block
+
+    def _estimates(self, mixer: Mixer, progress: ProgressCallback) -> Estimates:
+        """What the candidates of every stage add to the divergence."""
+        assert self._calibration is not None
+        kept = self._state.read_object(ESTIMATES)
+        if kept is None:
+            measured = mixer.measure(self._calibration.token_ids, progress)
+            kept = {f"{index} {stage}": list(found) for (index, stage), found in measured.items()}
+            self._state.write_object(ESTIMATES, kept)
+        keys = (name.split(" ", 1) for name in kept)
+        return {(int(i), stage): tuple(kept[f"{i} {stage}"]) for i, stage in keys}
 
     def quantize_blocks(self, progress: ProgressCallback) -> None:
         """Quantize and write every block that is not finished."""
@@ -210,8 +231,7 @@ class _Run:
                     part.add(f"{HEAD_LAYER}.{key}", tensor)
                 written.add(HEAD)
             for name in self._source:
-                is_tied_head = name == HEAD and self._decoder.is_tied
-                if name in written or is_tied_head or name.endswith(COMPUTED):
+                if name in written or not is_written(self._decoder, name):
                     continue
                 if _write_float(part, name, self._source.tensor(name)) is torch.bfloat16:
                     bfloat16.append(name)
@@ -248,7 +268,7 @@ class _Run:
             model=self._source.folder.name,
             architecture=self._source.architecture,
             method=self._options.method.value,
-            bits=self._options.code_bits,
+            bits=self._plan.bits,
             group_size=self._plan.group_size,
             seed=self._options.seed,
             calibration=None if self._calibration is None else self._calibration.report,

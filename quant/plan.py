@@ -29,13 +29,14 @@ class SkippedLayer:
 class Plan:
     """What is done to each linear layer of the blocks.
 
-    group_size: of the layers for which nothing else is said, -1 for one scale a row.
+    bits, group_size: of most layers; -1 for one scale a row.
     specs: of every quantized stage, by the index of its block and its name.
     skipped: the other linear layers of the blocks, in the order of the model.
     head: how the output head is coded; None when it stays in 16 bits.
     notes: what a person who asked for something else than the whole should know.
     """
 
+    bits: int
     group_size: int
     specs: Mapping[tuple[int, str], StageSpec]
     skipped: tuple[SkippedLayer, ...]
@@ -89,7 +90,7 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
         key: _spec(block, stage, wish, group_size, target) for key, (stage, wish) in wishes.items()
     }
     head = _head(decoder, target) if options.head is Head.INT8 else None
-    plan = Plan(group_size, specs, tuple(skipped), tuple(notes), head)
+    plan = Plan(target.levels.bits, group_size, specs, tuple(skipped), tuple(notes), head)
     _check_mixture(plan, block, target)
     return plan
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -12,6 +13,7 @@ class Phase(Enum):
     """The part of a run that is under way; the value reads well as a title."""
 
     CALIBRATION = "calibration text"
+    MEASURE = "measuring layers"
     QUANTIZE = "quantizing"
     TUNE = "tuning"
     EVALUATE = "evaluating"
@@ -39,3 +41,21 @@ ProgressCallback: TypeAlias = Callable[[Progress], None]
 
 def ignore_progress(progress: Progress) -> None:
     """A callback that shows nothing."""
+
+
+class Pace:
+    """Counts the finished steps of a phase and says how long the rest will take."""
+
+    def __init__(self, progress: ProgressCallback, phase: Phase, total: int) -> None:
+        self._progress = progress
+        self._phase = phase
+        self._total = total
+        self._done = 0
+        self._started = time.perf_counter()
+
+    def step(self) -> None:
+        """Tell that another step is finished."""
+        self._done += 1
+        pace = (time.perf_counter() - self._started) / self._done
+        left = pace * (self._total - self._done)
+        self._progress(Progress(self._phase, self._done, self._total, left))

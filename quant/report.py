@@ -105,7 +105,7 @@ class SizeReport:
 class QuantizationReport:
     """The whole run.
 
-    bits, group_size: of the layers for which nothing else was asked; -1 for one scale a row.
+    bits, group_size: of most layers; -1 for one scale a row.
     block_errors: for each block, the squared difference its quantization makes to its output,
         relative to what the block adds to the hidden states; empty for RTN.
     bfloat16_tensors: tensors with values that float16 cannot hold, stored in bfloat16.

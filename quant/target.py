@@ -13,6 +13,7 @@ from qserve.quant.formats.writer import LayerScheme
 from qserve.quant.grid import LevelSet
 from qserve.quant.methods import WHOLE_ROW, profile_of
 from qserve.quant.options import QuantizeOptions
+from qserve.quant.overrides import CODE_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +43,26 @@ class StageSpec:
 
 
 class Target:
-    """The levels and group sizes of a method within the format that it is written in."""
+    """The levels and group sizes of a method within the format that it is written in.
+
+    levels: the method's own. widths: of codes, those that it may have. group_sizes: likewise.
+    writer: of the format.
+    """
 
     def __init__(self, options: QuantizeOptions) -> None:
         profile = profile_of(options)
         self.levels = profile.levels
         self.group_sizes = profile.group_sizes
-        self._has_one_width = profile.activations is not None or profile.levels.codebook is not None
-        self._writer = make_writer(profile.output, "", activations=profile.activations)
+        has_one_width = profile.activations is not None or profile.levels.codebook is not None
+        self.widths = (self.levels.bits,) if has_one_width else CODE_BITS
+        self.writer = make_writer(profile.output, "", activations=profile.activations)
 
     def spec(self, layer: nn.Linear, bits: int, group_size: int) -> StageSpec:
         """Codes of another width, for a layer and those that read the same input.
 
         group_size: -1 for one scale a row. Raises ``OptionError`` when the method has one width.
         """
-        if bits != self.levels.bits and self._has_one_width:
+        if bits not in self.widths:
             raise OptionError(
                 f"{bits} bits: this method has codes of {self.levels.bits} bits alone"
             )
@@ -71,7 +77,7 @@ class Target:
 
     def refuse_scheme(self, scheme: LayerScheme) -> str | None:
         """Why the format cannot hold a layer that is coded so; None when it can."""
-        return self._writer.refusal(scheme)
+        return self.writer.refusal(scheme)
 
     def misfit(self, layer: nn.Linear) -> str | None:
         """Why the format cannot hold a layer at the method's own width, in any group size."""
@@ -90,7 +96,7 @@ class Target:
         schemes: by full name. ignored: the layers left in 16 bits.
         """
         try:
-            self._writer.config_block(schemes, ignored)
+            self.writer.config_block(schemes, ignored)
         except ValueError as error:
             return str(error)
         return None

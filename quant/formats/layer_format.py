@@ -135,6 +135,9 @@ DTYPES = {
 HEAD = "lm_head"
 """The output head, which stays in 16 bits unless a checkpoint says otherwise."""
 
+COMPUTED = ".rotary_emb.inv_freq"
+"""The end of the names of tensors that old checkpoints hold and the configuration implies."""
+
 FLOATS = ("F16", "BF16", "F32")
 """Types of scales."""
 

@@ -72,6 +72,9 @@ class Job:
             overrides=tuple(
                 Override(one.layers, one.bits, one.group_size) for one in section.overrides
             ),
+            avg_bits=section.avg_bits,
+            max_size=section.max_size,
+            widths=section.widths,
             ignore=section.ignore,
             seed=section.seed,
             tune=None if tune is None else TuneOptions(tune.minutes, tune.steps),

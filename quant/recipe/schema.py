@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Head, Method
+from qserve.quant.size_text import parse_size
 from qserve.quant.steps import DEFAULT_DAMPING
 
 BUILT_IN, SELF, TOPICS = "builtin", "self", "python-topics"
 
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)i?B?", re.IGNORECASE)
-POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
-
-def parse_size(value: Any) -> Any:
-    """Bytes of a size such as ``4.5GB`` (powers of ten) or ``2GiB`` (powers of two).
-
-    Anything but text is left to pydantic. Raises ``ValueError`` for a text that is no size.
-    """
-    if not isinstance(value, str):
-        return value
-    match = SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError(f"{value!r} is no size: expected a number of bytes or one like 4.5GB")
-    base = 1024 if "i" in value.lower() else 1000
-    return int(float(match[1]) * base ** POWERS[match[2].lower()])
+def read_size(value: Any) -> Any:
+    """The bytes that a text such as ``4.5GB`` stands for; anything else is left to pydantic."""
+    return parse_size(value) if isinstance(value, str) else value
 
 
 def parse_share(value: Any) -> Any:
@@ -42,7 +30,7 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) else value
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(read_size), Field(gt=0)]
 Share = Annotated[float, BeforeValidator(parse_share), Field(ge=0)]
 
 
@@ -95,6 +83,15 @@ class QuantizeSection(Section):
     )
     overrides: tuple[OverrideSection, ...] = Field(
         default=(), description="Other settings for some layers; the later counts."
+    )
+    avg_bits: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Bits a weight on average; settings are chosen for each layer."
+    )
+    max_size: Size | None = Field(
+        default=None, description="Size of the weight files: 120MB, 4.5GB, bytes; likewise."
+    )
+    widths: tuple[int, ...] = Field(
+        default=(), description="Bits to choose from under a limit; all that the format holds."
     )
     ignore: tuple[str, ...] = Field(
         default=(), description="Regular expressions; layers whose name matches stay in 16 bits."

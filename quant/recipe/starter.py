@@ -12,6 +12,7 @@ quantize:
   method: awq            # {methods}
   # bits: 4              # what the method stores, if it has a choice
   # group_size: 64       # inputs that share a scale; the coarsest that fits every layer
+  # avg_bits: 4.25       # or max_size: 90MB: bits and groups chosen for each layer by measurement
   # overrides:           # other settings for layers whose name matches; 16 bits leaves them alone
   #   - {{layers: down_proj, bits: 8, group_size: 32}}
   # ignore: [lm_head]    # regular expressions; what matches stays in 16 bits

@@ -114,6 +114,24 @@ def test_single_layers_get_what_an_override_says(
     assert (weight.bits, weight.group_size) == (8, 32)
 
 
+def test_bits_are_chosen_for_a_size(
+    tiny_llama: Path, out: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text("The harbour wakes before the town does. " * 40)
+    options = ("--max-size", "175kB", "--widths", "3,4,8", "--calibration", text, *FEW, "--json")
+    done = qserve("quantize", tiny_llama, "--method", "hqq", "-o", out, "--force", *options)
+    assert done.code == ExitCode.USAGE  # AWQ states one width
+    assert "the smallest that the format holds for this model is" in done.error
+    more = ("--format", "compressed-tensors")
+    done = qserve("quantize", tiny_llama, "--method", "hqq", *more, "-o", out, *options)
+    assert done.code == ExitCode.OK, done.err
+    assert "groups of" not in done.err
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert len({layer["bits"] for layer in report["layers"]}) > 1
+    assert sum(path.stat().st_size for path in out.glob("*.safetensors")) <= 175_000
+
+
 def test_force_replaces_an_older_result(
     tiny_llama: Path, out: Path, qserve: Callable[..., Any]
 ) -> None:
@@ -155,6 +173,11 @@ OPTIONS = {
     "damping": (("--damping", "0"), ExitCode.USAGE, "0 is not in the range"),
     "order": (("--awq", "--act-order"), ExitCode.USAGE, "awq does not hold it"),
     "head": (("--awq", "--head", "int8"), ExitCode.USAGE, "head in 8 bits: AWQ gemm holds 4-bit"),
+    "size": (("--max-size", "big"), ExitCode.USAGE, "'big' is no size"),
+    "average": (("--avg-bits", "0"), ExitCode.USAGE, "0.0 is not in the range x>0"),
+    "average below all": (("--avg-bits", "4"), ExitCode.USAGE, r"smallest .* is 4\.3"),
+    "widths": (("--widths", "four"), ExitCode.USAGE, "expected widths such as 4,8,16"),
+    "widths alone": (("--widths", "4"), ExitCode.USAGE, "give avg_bits or max_size"),
     "unknown option": (("--ggml",), ExitCode.USAGE, "--ggml"),
     "two methods": (("--gptq", "--method", "awq"), ExitCode.USAGE, "contradict each other"),
     "bits of the method": (("--gptq", "--bits", "5"), ExitCode.USAGE, "4 or 3 or 2 or 8-bit"),

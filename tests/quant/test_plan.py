@@ -30,7 +30,7 @@ def test_every_layer_is_quantized_in_the_largest_groups_that_fit(
     spec = StageSpec(LevelSet(), group_size=64)
     stages = ("attention input", "attention output", "mlp input", "mlp output")
     specs = {(index, stage): spec for index in range(2) for stage in stages}
-    assert plan == Plan(group_size=64, specs=specs, skipped=())
+    assert plan == Plan(bits=4, group_size=64, specs=specs, skipped=())
     wide = make_tiny_llama(hidden_size=96, num_attention_heads=6)
     assert plan_for(wide).group_size == 32
     assert plan_for(tiny_llama, group_size=32).group_size == 32

@@ -78,6 +78,8 @@ def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
         ("quantize: {effort: much}", "quantize.effort: got 'much'"),
         ("quantize: {head: 8}", "quantize.head: got '8'"),
         ("quantize: {damping: 2}", "quantize.damping: got 2"),
+        ("quantize: {avg_bits: 0}", "quantize.avg_bits: got 0: input should be greater than 0"),
+        ("quantize: {max_size: tiny}", "quantize.max_size: got 'tiny': 'tiny' is no size"),
         ("quantize: {max_shard_size: big}", "'big' is no size"),
         ("quantize: {max_shard_size: 0}", "quantize.max_shard_size: got 0"),
         ("calibration: {samples: 0}", "calibration.samples: got 0: input should be greater than"),
