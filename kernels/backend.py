@@ -50,6 +50,9 @@ class Choice:
     rejected: tuple[tuple[Backend, str], ...]
 
 
+_SLOW_REFERENCE = (Backend.REFERENCE, "it defines the op, and is slow")
+
+
 @cache
 def choose(op: str, device: torch.device) -> Choice:
     """The backend that runs ``op`` on tensors of ``device``; decided once and remembered.
@@ -65,7 +68,7 @@ def choose(op: str, device: torch.device) -> Choice:
     rejected = tuple((backend, why) for backend, why in obstacles.items() if why is not None)
     for backend, why in obstacles.items():
         if why is None:
-            return Choice(backend, _describe(backend), rejected)
+            return Choice(backend, _describe(backend), (*rejected, _SLOW_REFERENCE))
     return Choice(Backend.REFERENCE, "PyTorch runs everywhere", rejected)
 
 

@@ -21,7 +21,7 @@ def test_tensors_on_a_cpu_take_the_native_kernels(op: str) -> None:
     choice = choose(op, torch.device("cpu"))
     assert choice.backend is Backend.CPU
     assert "native" in choice.reason
-    assert [backend for backend, _ in choice.rejected] == [Backend.TRITON]
+    assert [backend for backend, _ in choice.rejected] == [Backend.TRITON, Backend.REFERENCE]
 
 
 @pytest.mark.parametrize("op", OPS)

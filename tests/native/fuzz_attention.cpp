@@ -38,9 +38,10 @@ struct Cache {
   // Bytes that are finite and of moderate size in every format: the highest bits of the exponent are not all set.
   Array<uint8_t> make_codes(Random& random, KvFormat format, int64_t head_dim) const {
     const int64_t width = format == KvFormat::kFloat32 ? 4 : format <= KvFormat::kBfloat16 ? 2 : 1;
+    const bool floats = format != KvFormat::kInt8 && format != KvFormat::kInt4;
     return {tokens * code_bytes(format, head_dim), [&](int64_t i) {
               const uint8_t byte = uint8_t(random.bits());
-              return i % width == width - 1 && format != KvFormat::kInt8 && format != KvFormat::kInt4 ? uint8_t(byte & 0xBF) : byte;
+              return floats && i % width == width - 1 ? uint8_t(byte & 0xBF) : byte;
             }};
   }
 
@@ -81,7 +82,8 @@ Outputs paged_attention(Random& random) {
     starts[s + 1] = int32_t(starts[s] + queries[s]);
     for (int64_t b = 0; b * block_size < contexts[s]; ++b) tables[s * max_blocks + b] = int32_t(--next);
   }
-  const int64_t width = kv_heads * group * head_dim, q_stride = width + random.between(0, 3), out_stride = width + random.between(0, 3);
+  const int64_t width = kv_heads * group * head_dim;
+  const int64_t q_stride = width + random.between(0, 3), out_stride = width + random.between(0, 3);
   const Array<float> q(rows_size(rows, width, q_stride), [&](int64_t) { return float(random.uniform() * 4 - 2); });
   const Array<float> out(rows_size(rows, width, out_stride)), sinks = numbers(random, kv_heads * group);
   const int64_t everything = std::numeric_limits<int64_t>::max();
@@ -110,8 +112,10 @@ Outputs paged_attention(Random& random) {
 
 Outputs rope_and_store(Random& random) {
   const KvFormat format = any_format(random);
-  const int64_t head_dim = kHeadDims[random.between(0, 7)], kv_heads = random.between(1, 3), heads = kv_heads * random.between(1, 3);
-  const int64_t block_size = random.one_of<int64_t>({1, 8, 16}), num_tokens = random.between(1, 40), max_positions = random.between(1, 50);
+  const int64_t head_dim = kHeadDims[random.between(0, 7)];
+  const int64_t kv_heads = random.between(1, 3), heads = kv_heads * random.between(1, 3);
+  const int64_t block_size = random.one_of<int64_t>({1, 8, 16});
+  const int64_t num_tokens = random.between(1, 40), max_positions = random.between(1, 50);
   const int64_t num_blocks = (num_tokens + block_size - 1) / block_size;
   const Cache cache(random, format, num_blocks, kv_heads, block_size, head_dim);
   const int64_t rotary_dim = 2 * random.between(1, head_dim / 2), width = (heads + 2 * kv_heads) * head_dim;

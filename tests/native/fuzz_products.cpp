@@ -108,7 +108,12 @@ Outputs output_head(Random& random) {
   const Array<float> x = numbers(random, rows_size(rows, k, x_stride)), values(rows * count);
   const Array<int64_t> ids(rows * count);
   qserve::find_largest(*weight,
-                       {.x = x.get(), .x_stride = x_stride, .rows = rows, .out = nullptr, .out_stride = 0, .activations = activations},
+                       {.x = x.get(),
+                        .x_stride = x_stride,
+                        .rows = rows,
+                        .out = nullptr,
+                        .out_stride = 0,
+                        .activations = activations},
                        count, ids.get(), values.get());
   Outputs found;
   found.add_rows(values, rows, count, count);

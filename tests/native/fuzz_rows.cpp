@@ -160,7 +160,8 @@ Outputs sample(Random& random) {
 }
 
 Outputs route_tokens(Random& random) {
-  const int64_t rows = random.between(1, 20), experts = random.between(1, 70), top_k = random.between(1, std::min<int64_t>(experts, 8));
+  const int64_t rows = random.between(1, 20), experts = random.between(1, 70);
+  const int64_t top_k = random.between(1, std::min<int64_t>(experts, 8));
   const int64_t stride = experts + random.between(0, 3);
   const Array<float> logits = numbers(random, rows_size(rows, experts, stride));
   const Array<int32_t> ids(rows * top_k);
