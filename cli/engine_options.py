@@ -14,7 +14,6 @@ from qserve.cli.console import say
 
 AUTO = "auto"
 KV_CACHE_DTYPES = {  # our names and vLLM's, to those of KvFormat
-    "auto": "float16",
     "float16": "float16",
     "fp16": "float16",
     "bfloat16": "bfloat16",
@@ -54,9 +53,10 @@ OPTIONS = (
         "--kv-cache-dtype",
         default="auto",
         show_default=True,
-        type=click.Choice(list(KV_CACHE_DTYPES)),
+        type=click.Choice([AUTO, *KV_CACHE_DTYPES]),
         metavar="[auto|float16|bfloat16|float32|fp8|int8|int4]",
-        help="How keys and values are kept: int8 holds nearly twice the tokens, int4 3.5 times.",
+        help="How keys and values are kept: int8 holds nearly twice the tokens, int4 3.5 times. "
+        "auto: what the checkpoint has scales for, else float16.",
     ),
     click.option(
         "--weight-cache",
@@ -83,11 +83,12 @@ def read_engine_options(options: dict[str, Any]) -> dict[str, Any]:
     from qserve.serve.config import HeadDtype
 
     activations, head_dtype = options["activations"], options["head_dtype"]
+    kv_cache_dtype = options["kv_cache_dtype"]
     return {
         "num_threads": options["threads"],
         "activations": None if activations == AUTO else Activations(activations),
         "head_dtype": None if head_dtype == AUTO else HeadDtype(head_dtype),
-        "kv_format": KvFormat(KV_CACHE_DTYPES[options["kv_cache_dtype"]]),
+        "kv_format": None if kv_cache_dtype == AUTO else KvFormat(KV_CACHE_DTYPES[kv_cache_dtype]),
         "weight_cache": weight_cache_folder(os.environ, options["weight_cache"]),
     }
 

@@ -34,6 +34,7 @@ def summary(inspection: Inspection) -> dict[str, Any]:
         if quantized is None
         else round(quantized, BITS_DIGITS),
         "bits_per_weight_model": round(inspection.bits_per_parameter, BITS_DIGITS),
+        "kv_cache": inspection.kv_cache,
         "kv_bytes_per_token": inspection.kv_bytes_per_token,
     }
 
@@ -64,6 +65,7 @@ def _print_summary(inspection: Inspection) -> None:
         ("size of the tensors", format_bytes(inspection.num_bytes)),
         ("bits per weight, quantized layers", "-" if quantized is None else f"{quantized:.3f}"),
         ("bits per weight, whole model", f"{inspection.bits_per_parameter:.3f}"),
+        ("scales for the KV cache", inspection.kv_cache or "-"),
         ("KV cache per token (16 bit)", "-" if kv_bytes is None else format_bytes(kv_bytes)),
     ]
     print_table("model", ("", ""), rows)

@@ -120,6 +120,12 @@ OPTIONS = (
         help="Tokens of a window.",
     ),
     click.option(
+        "--kv-cache",
+        type=click.Choice(["fp8", "int8"]),
+        help="Find scales for keys and values of 8 bits, one a head, and store them; needs the "
+        "format compressed-tensors.",
+    ),
+    click.option(
         "--tune",
         type=click.FloatRange(0, min_open=True),
         metavar="MINUTES",
@@ -185,7 +191,14 @@ def quantize_options(command: Command) -> Command:
 def read_options(choices: dict[str, Any]) -> QuantizeOptions:
     """The options as the quantizer takes them. Raises ``OptionError``, ``click.UsageError``."""
     from qserve.quant.formats.registry import OutputFormat
-    from qserve.quant.options import CalibrationSource, Head, Method, QuantizeOptions, TuneOptions
+    from qserve.quant.options import (
+        CalibrationSource,
+        Head,
+        KvCache,
+        Method,
+        QuantizeOptions,
+        TuneOptions,
+    )
     from qserve.quant.overrides import parse_override
 
     named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
@@ -209,6 +222,7 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
         widths=choices["widths"],
         ignore=choices["ignore"],
         seed=choices["seed"],
+        kv_cache=None if choices["kv_cache"] is None else KvCache(choices["kv_cache"]),
         tune=TuneOptions(*limits) if any(limits) else None,
     )
 

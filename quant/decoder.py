@@ -113,6 +113,10 @@ class Block:
         norms = {1: self.architecture.attention_norm, 3: self.architecture.mlp_norm}
         return norms.get(self.stages.index(stage), "") is None
 
+    def store_into(self, cache: Any) -> None:
+        """Let attention hand its keys and values to a cache, one in transformers' sense."""
+        self._context["past_key_values"] = cache
+
     def run_(self, hidden: torch.Tensor) -> None:
         """Replace hidden states ``[S, T, hidden_size]`` by the output of the block."""
         for window in hidden:

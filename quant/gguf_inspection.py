@@ -29,6 +29,7 @@ def inspect_gguf(path: Path) -> Inspection:
         path=path,
         architecture=str(_value(reader, "general.architecture")),
         format=most_bytes(quantized or layers),
+        kv_cache=None,
         kv_bytes_per_token=_kv_bytes_per_token(reader),
         layers=layers,
     )

@@ -46,6 +46,7 @@ class Inspection:
     """A whole model.
 
     format: what its quantized layers are in, or the dtype that most of its bytes have.
+    kv_cache: the scales of keys and values that it has, in words; None without any.
     kv_bytes_per_token: keys and values of one token in all layers, at 16 bits; None when the
         config does not say (another architecture than the Llama family).
     """
@@ -53,6 +54,7 @@ class Inspection:
     path: Path
     architecture: str
     format: str
+    kv_cache: str | None
     kv_bytes_per_token: int | None
     layers: tuple[Layer, ...]
 
@@ -92,6 +94,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         path=checkpoint.folder,
         architecture=checkpoint.architecture,
         format=checkpoint.method or most_bytes(layers),
+        kv_cache=None if checkpoint.kv_cache is None else str(checkpoint.kv_cache),
         kv_bytes_per_token=kv_bytes_per_token(checkpoint.config),
         layers=layers,
     )

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 
 from qserve.quant.errors import OptionError
+from qserve.quant.formats.compressed_schemes import Kind, KvCacheScheme
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.overrides import FLOAT_BITS, Override, check_bits
 from qserve.quant.steps import DEFAULT_DAMPING
@@ -113,6 +114,18 @@ class Head(Enum):
     """In 8 bits, one scale a row, beside the embedding that it may have been tied to."""
 
 
+class KvCache(Enum):
+    """What keys and values are to be stored as, with scales from the calibration text."""
+
+    FLOAT8 = "fp8"
+    INT8 = "int8"
+
+    @property
+    def scheme(self) -> KvCacheScheme:
+        """As the checkpoint states it: one scale a head."""
+        return KvCacheScheme(Kind.FLOAT if self is KvCache.FLOAT8 else Kind.INT, per_head=True)
+
+
 @dataclass(frozen=True, slots=True)
 class TuneOptions:
     """How long to tune at most: minutes, steps of the optimizer, or whichever comes first.
@@ -161,6 +174,7 @@ class QuantizeOptions:
         (``model.layers.0.mlp.down_proj``), together with the layers that serving engines fuse
         it with.
     seed: of self-generated calibration text; nothing else is random.
+    kv_cache: what scales of keys and values are found for; None finds none.
     tune: how long scales and norms learn after packing; None does not.
     max_shard_bytes: a new safetensors file is begun beyond this size.
 
@@ -184,6 +198,7 @@ class QuantizeOptions:
     widths: tuple[int, ...] = ()
     ignore: tuple[str, ...] = ()
     seed: int = 0
+    kv_cache: KvCache | None = None
     tune: TuneOptions | None = None
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
 

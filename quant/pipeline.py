@@ -15,6 +15,7 @@ import torch
 
 from qserve.quant import rtn
 from qserve.quant.block_result import BlockResult
+from qserve.quant.cache_scales import blank_scales, find_scales
 from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.calibration import Calibration, gather_calibration
 from qserve.quant.decoder import EMBEDDING, HEAD, Block, Decoder
@@ -22,6 +23,7 @@ from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.layer_format import HEAD as HEAD_LAYER
 from qserve.quant.formats.layer_format import QuantizedWeight
+from qserve.quant.formats.overwriting import overwrite_tensors
 from qserve.quant.formats.registry import make_writer
 from qserve.quant.formats.shard_writer import assemble
 from qserve.quant.formats.tensor_part import Part, PartWriter
@@ -41,6 +43,9 @@ from qserve.quant.tuning.session import tune
 from qserve.quant.tuning.windows import gather_windows
 
 PROGRAM = f"qserve:{version('qserve-llm')}"
+
+CACHE_STRIDE = 2
+"""Of the calibration windows every so many are looked at for the scales of keys and values."""
 
 CALIBRATION = "calibration"
 """The name of the windows in the state of a run."""
@@ -90,6 +95,7 @@ def quantize(
     )
     copy_files(source.folder, out)
     run.tune(out, progress)
+    run.scale_cache(out, progress)
     report = run.report(time.perf_counter() - started)
     report.write(out)
     return report
@@ -120,6 +126,7 @@ class _Run:
             self._profile.output,
             PROGRAM,
             activations=self._profile.activations,
+            kv_cache=None if options.kv_cache is None else options.kv_cache.scheme,
             dtype=decoder.architecture.dtype,
         )
         self._records = state.finished(with_hidden=self._profile.calibrated)
@@ -235,8 +242,17 @@ class _Run:
                     continue
                 if _write_float(part, name, self._source.tensor(name)) is torch.bfloat16:
                     bfloat16.append(name)
+            for name, scales in self._blank_scales().items():
+                part.add(name, scales)
             self._bfloat16_outside = tuple(bfloat16)
             return part.finish()
+
+    def _blank_scales(self) -> dict[str, torch.Tensor]:
+        """Room for the scales of keys and values, which only the finished model can tell."""
+        if self._options.kv_cache is None:
+            return {}
+        num_heads = self._decoder.config.num_key_value_heads
+        return blank_scales(self._decoder.num_blocks, num_heads)
 
     @property
     def side_file(self) -> str | None:
@@ -249,6 +265,15 @@ class _Run:
         if self._plan.head is not None:
             schemes[HEAD_LAYER] = self._plan.head
         return self._format.config_block(schemes, [layer.name for layer in self._plan.skipped])
+
+    def scale_cache(self, out: Path, progress: ProgressCallback) -> None:
+        """Find the scales of keys and values of the checkpoint in ``out``, if that is asked for."""
+        asked = self._options.kv_cache
+        if asked is not None:
+            calibration = self._calibration or gather_calibration(self._decoder, self._options)
+            windows = calibration.token_ids[::CACHE_STRIDE]
+            decoder = Decoder(Checkpoint(out))
+            overwrite_tensors(out, find_scales(decoder, windows, asked.scheme.kind, progress))
 
     def tune(self, out: Path, progress: ProgressCallback) -> None:
         """Let scales and norms of the whole checkpoint in ``out`` learn, if that is asked for."""

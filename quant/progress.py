@@ -16,6 +16,7 @@ class Phase(Enum):
     MEASURE = "measuring layers"
     QUANTIZE = "quantizing"
     TUNE = "tuning"
+    CACHE = "scales of keys and values"
     EVALUATE = "evaluating"
 
 
@@ -24,7 +25,7 @@ class Progress:
     """A step that has just been finished.
 
     done, total: finished and expected steps of this phase (decoder blocks when
-        quantizing; steps or seconds, whichever limits it, when tuning).
+        quantizing or finding scales; steps or seconds, whichever limits it, when tuning).
     error: relative output error of the block just quantized; None where there is none.
     seconds_left: estimate for this phase, from the pace so far.
     """

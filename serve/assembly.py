@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qserve.kernels import native
+from qserve.kernels.kv_cache import KvFormat
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.admission import Admission
 from qserve.serve.block_manager import BlockManager
@@ -63,13 +64,13 @@ def assemble(
     tokenizer = load_tokenizer()
     ends = read_eos_token_ids(checkpoint) | tokenizer.eos_token_ids
     engine = Engine(runner, scheduler, ends)
-    card = _describe(checkpoint, engine, engine_config, config)
+    card = _describe(checkpoint, engine, runner.kv_format, engine_config, config)
     bridge = Bridge(partial(EngineThread, engine), _max_sequences(engine_config, config))
     metrics = Metrics(
         config.metrics_prefix, card.names[0], card.max_model_len, lambda: bridge.stats
     )
     plan = runner.plan
-    metrics.describe_cache(engine_config.kv_format.value, plan.block_size, plan.num_blocks)
+    metrics.describe_cache(runner.kv_format.value, plan.block_size, plan.num_blocks)
     return Service(config, card, tokenizer, defaults, bridge, metrics, Admission())
 
 
@@ -80,12 +81,16 @@ def _max_sequences(engine_config: EngineConfig, config: ServerConfig) -> int | N
 
 
 def _describe(
-    checkpoint: Checkpoint, engine: Engine, engine_config: EngineConfig, config: ServerConfig
+    checkpoint: Checkpoint,
+    engine: Engine,
+    kv_format: KvFormat,
+    engine_config: EngineConfig,
+    config: ServerConfig,
 ) -> ModelCard:
     names = config.served_model_names or (checkpoint.folder.resolve().name,)
     extras: dict[str, Any] = {
         "quantization": checkpoint.method,
-        "kv_cache_dtype": engine_config.kv_format.value,
+        "kv_cache_dtype": kv_format.value,
         "weights_bytes": sum(path.stat().st_size for path in set(checkpoint.tensor_files.values())),
     }
     computed = replace(engine_config, weight_cache=None)  # where weights lie changes no result

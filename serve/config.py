@@ -32,7 +32,8 @@ class EngineConfig:
         for a quantized one and float32 for a 16-bit one.
     head_dtype: None is int8 for a quantized checkpoint, float for a 16-bit one.
     kv_format: how keys and values are kept; float16 loses nothing visible, int8 holds nearly twice
-        as many tokens and int4 3.5 times.
+        as many tokens and int4 3.5 times. None is what the checkpoint has scales for, else float16;
+        the scales used are those of each token and head, which are nearer than stored ones.
     weight_cache: folder for packed weights, which the next start maps; None keeps none.
     """
 
@@ -44,7 +45,7 @@ class EngineConfig:
     num_threads: int | None = None
     activations: Activations | None = None
     head_dtype: HeadDtype | None = None
-    kv_format: KvFormat = KvFormat.FLOAT16
+    kv_format: KvFormat | None = None
     weight_cache: Path | None = None
 
     def __post_init__(self) -> None:

@@ -56,7 +56,8 @@ def plan_kv_cache(model: LlamaConfig, config: EngineConfig, free_bytes: int) -> 
 
 def bytes_per_token(model: LlamaConfig, config: EngineConfig) -> int:
     """Bytes of keys and values of one token in all layers, with their scales and offsets."""
-    row_bytes = config.kv_format.row_bytes(model.head_dim)
+    format = config.kv_format or KvFormat.FLOAT16
+    row_bytes = format.row_bytes(model.head_dim)
     return 2 * model.num_layers * model.num_kv_heads * row_bytes
 
 

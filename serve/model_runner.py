@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence as Items
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from qserve.kernels import native
+from qserve.kernels.kv_cache import KvFormat
 from qserve.kernels.program import Program
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.compressed_schemes import Kind
 from qserve.serve.batch import Batch, BatchBuilder
 from qserve.serve.config import EngineConfig
 from qserve.serve.kv_cache_allocation import (
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 class ModelRunner:
     """Computes chunks of sequences: batch, forward pass, logits.
 
-    plan: the size of the KV cache. limits: what a step may hold.
+    plan: the size of the KV cache. limits: what a step may hold. kv_format: of the cache.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
@@ -41,6 +44,8 @@ class ModelRunner:
         Raises ``CheckpointError`` for a checkpoint that cannot be served, ``KVCacheTooSmall`` when
         memory does not suffice.
         """
+        self.kv_format = config.kv_format or kv_format_of(checkpoint)
+        config = replace(config, kv_format=self.kv_format)
         if config.num_threads is not None and native.available():
             native.set_num_threads(config.num_threads)
         architecture = find_architecture(checkpoint.architecture)
@@ -56,7 +61,7 @@ class ModelRunner:
         self.vocab_size = model_config.vocab_size
         self._model = LlamaModel(model_config, weights, architecture.layer, self.limits)
         weights.finish()
-        self._caches = allocate_kv_cache(model_config, self.plan, config.kv_format)
+        self._caches = allocate_kv_cache(model_config, self.plan, self.kv_format)
         self._batches = BatchBuilder(self.limits, config.block_size)
         self._programs: dict[int, Program] = {}  # by the number of sequences
         self._records_programs = native.available()
@@ -96,6 +101,14 @@ class ModelRunner:
             self._programs[size] = program
         program.run()
         return self._model.logits(size)
+
+
+def kv_format_of(checkpoint: Checkpoint) -> KvFormat:
+    """The format of keys and values that a checkpoint was made for; float16 when it says none."""
+    stated = checkpoint.kv_cache
+    if stated is None:
+        return KvFormat.FLOAT16
+    return KvFormat.FLOAT8 if stated.kind is Kind.FLOAT else KvFormat.INT8
 
 
 def read_eos_token_ids(checkpoint: Checkpoint) -> frozenset[int]:

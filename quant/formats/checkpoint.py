@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from qserve.kernels.activations import Activations
 from qserve.quant.errors import CheckpointError
+from qserve.quant.formats.compressed_schemes import KvCacheScheme, read_kv_cache
 from qserve.quant.formats.layer_format import Format, PackedLayer, QuantizedWeight, StoredTensor
 from qserve.quant.formats.registry import read_format
 
@@ -163,6 +164,12 @@ class Checkpoint:
     def activations(self) -> Activations | None:
         """The activations that the checkpoint was made for; None when it leaves them open."""
         return None if self.format is None else self.format.activations
+
+    @property
+    def kv_cache(self) -> KvCacheScheme | None:
+        """The key-value scales that the checkpoint states, None for none."""
+        block = self.quantization_config
+        return None if block is None else read_kv_cache(block)
 
     @cached_property
     def modules(self) -> dict[str, tuple[str, ...]]:

@@ -19,6 +19,7 @@ from qserve.quant.formats.writer import Coding, LayerScheme, stated_group_sizes
 
 LINEAR = "Linear"
 PATTERN = "re:"
+ATTENTION_HEAD = "attn_head"
 SPARSE = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask")
 UNREAD = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized")
 
@@ -62,6 +63,10 @@ class KvCacheScheme:
 
     kind: Kind = Kind.FLOAT
     per_head: bool = False
+
+    def __str__(self) -> str:
+        kind = "fp8" if self.kind is Kind.FLOAT else "int8"
+        return f"{kind}, a scale for each {'head' if self.per_head else 'layer'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,20 @@ def read_schemes(block: Mapping[str, Any]) -> SchemeTable:
             targets += [(str(target), scheme) for target in group["targets"]]
     ignored = block.get("ignore") or []
     return SchemeTable(tuple(targets), tuple(map(str, ignored)))
+
+
+def read_kv_cache(block: Mapping[str, Any]) -> KvCacheScheme | None:
+    """The scheme of key-value scales that a ``quantization_config`` states.
+
+    None when it states none, or one of other than 8 bits, which is left to the reader's choice.
+    """
+    stated = block.get("kv_cache_scheme")
+    if not isinstance(stated, dict) or stated.get("num_bits", 8) != 8:
+        return None
+    kind = text_of(stated, "type") or Kind.FLOAT.value
+    if kind not in (Kind.FLOAT.value, Kind.INT.value):
+        return None
+    return KvCacheScheme(Kind(kind), text_of(stated, "strategy") == ATTENTION_HEAD)
 
 
 def write_schemes(
@@ -190,7 +209,7 @@ def _kv_args(kv_cache: KvCacheScheme) -> dict[str, Any]:
         "num_bits": 8,
         "type": kv_cache.kind.value,
         "symmetric": True,
-        "strategy": "attn_head" if kv_cache.per_head else Strategy.TENSOR.value,
+        "strategy": ATTENTION_HEAD if kv_cache.per_head else Strategy.TENSOR.value,
         "dynamic": False,
     }
 

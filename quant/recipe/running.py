@@ -77,6 +77,7 @@ class Job:
             widths=section.widths,
             ignore=section.ignore,
             seed=section.seed,
+            kv_cache=section.kv_cache,
             tune=None if tune is None else TuneOptions(tune.minutes, tune.steps),
             max_shard_bytes=section.max_shard_size,
         )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Head, Method
+from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Head, KvCache, Method
 from qserve.quant.size_text import parse_size
 from qserve.quant.steps import DEFAULT_DAMPING
 
@@ -97,6 +97,9 @@ class QuantizeSection(Section):
         default=(), description="Regular expressions; layers whose name matches stay in 16 bits."
     )
     seed: int = Field(default=0, description="Seed of self-written calibration text.")
+    kv_cache: KvCache | None = Field(
+        default=None, description="8-bit keys and values to find scales for, one a head."
+    )
     tune: TuneSection | None = Field(default=None, description="Learning after packing.")
     max_shard_size: Size = Field(default=DEFAULT_SHARD_BYTES, description="Largest weight file.")
 

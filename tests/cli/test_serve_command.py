@@ -107,13 +107,15 @@ def test_the_weight_cache_can_be_named_or_off(parse: Any, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        ("auto", KvFormat.FLOAT16), ("fp16", KvFormat.FLOAT16), ("float32", KvFormat.FLOAT32),
+        ("auto", None), ("fp16", KvFormat.FLOAT16), ("float32", KvFormat.FLOAT32),
         ("fp8", KvFormat.FLOAT8), ("fp8_e4m3", KvFormat.FLOAT8), ("int8", KvFormat.INT8),
         ("int8_per_token_head", KvFormat.INT8), ("int4", KvFormat.INT4),
         ("int4_per_token_head", KvFormat.INT4),
     ],
 )  # fmt: skip
-def test_the_cache_is_named_as_vllm_names_it(name: str, format: KvFormat, parse: Any) -> None:
+def test_the_cache_is_named_as_vllm_names_it(
+    name: str, format: KvFormat | None, parse: Any
+) -> None:
     assert parse("m", "--kv-cache-dtype", name).engine.kv_format is format
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from qserve.kernels.kv_cache import KvFormat
+from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.config import EngineConfig
 from qserve.serve.errors import KVCacheTooSmall, StartupError
 from qserve.serve.kv_cache_allocation import (
@@ -16,6 +19,7 @@ from qserve.serve.kv_cache_allocation import (
     free_memory,
     plan_kv_cache,
 )
+from qserve.serve.model_runner import kv_format_of
 from qserve.serve.models.llama_config import LlamaConfig
 
 MODEL = LlamaConfig(
@@ -108,3 +112,20 @@ def test_a_cache_that_nobody_uses_takes_no_memory() -> None:
 
 def test_there_is_some_free_memory() -> None:
     assert free_memory() > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("scheme", "expected"),
+    [
+        (None, KvFormat.FLOAT16),
+        ({"num_bits": 8, "type": "float", "strategy": "attn_head"}, KvFormat.FLOAT8),
+        ({"num_bits": 8, "type": "int", "strategy": "tensor"}, KvFormat.INT8),
+        ({"num_bits": 4, "type": "float", "strategy": "tensor_group"}, KvFormat.FLOAT16),
+    ],
+)
+def test_a_checkpoint_made_for_an_8_bit_cache_is_served_with_one(
+    scheme: dict[str, object] | None, expected: KvFormat, tmp_path: Path
+) -> None:
+    block = {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": block}))
+    assert kv_format_of(Checkpoint(tmp_path)) is expected

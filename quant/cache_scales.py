@@ -1,0 +1,84 @@
+"""Scales for 8-bit keys and values, one a head, found on what a model computes from text.
+
+Keys are taken where a cache takes them: after the rotation. Every scale is the one of a few that
+loses least: the largest magnitude on the top code, or less of it with the rest clipped.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from qserve.kernels.activations import MAX_FLOAT8
+from qserve.quant.decoder import Decoder
+from qserve.quant.formats.compressed_schemes import Kind
+from qserve.quant.progress import Phase, Progress, ProgressCallback
+
+MAX_INT8 = 127
+NUM_CANDIDATES = 16
+SMALLEST_SHARE = 0.4
+MIN_SCALE = 2.0**-20
+KEYS, VALUES = "self_attn.k_scale", "self_attn.v_scale"
+
+
+def blank_scales(num_blocks: int, num_heads: int) -> dict[str, torch.Tensor]:
+    """Scales of 1 under the names they are stored by: float32 ``[num_heads, 1, 1]``."""
+    return {
+        f"model.layers.{index}.{name}": torch.ones(num_heads, 1, 1)
+        for index in range(num_blocks)
+        for name in (KEYS, VALUES)
+    }
+
+
+def find_scales(
+    decoder: Decoder, token_ids: torch.Tensor, kind: Kind, progress: ProgressCallback
+) -> dict[str, torch.Tensor]:
+    """The scales of every block for windows ``[S, T]``, named and shaped as ``blank_scales``."""
+    hidden = decoder.embed(token_ids)
+    started = time.perf_counter()
+    total = decoder.num_blocks
+    scales = {}
+    for index in range(total):
+        block = decoder.block(index, token_ids.shape[1])
+        seen = _Seen()
+        block.store_into(seen)
+        block.run_(hidden)
+        for name, rows in ((KEYS, seen.keys), (VALUES, seen.values)):
+            scales[block.full_name(name)] = least_loss(torch.cat(rows, 1), kind)[:, None, None]
+        left = (time.perf_counter() - started) / (index + 1) * (total - index - 1)
+        progress(Progress(Phase.CACHE, index + 1, total, left))
+    return scales
+
+
+class _Seen:
+    """Stands where attention looks for a cache, and keeps what it is to hold, by head."""
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See transformers' ``Cache``: takes and gives ``[S, heads, T, head_dim]``."""
+        self.keys.append(keys.transpose(0, 1).flatten(1).clone())
+        self.values.append(values.transpose(0, 1).flatten(1).clone())
+        return keys, values
+
+
+def least_loss(numbers: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """The scale of each row ``[R, n]`` that stores it with the least squared error: ``[R]``."""
+    top = MAX_INT8 if kind is Kind.INT else MAX_FLOAT8
+    largest = numbers.abs().amax(1).clamp(min=MIN_SCALE)
+    best = torch.full_like(largest, torch.inf)
+    scales = largest / top
+    for share in torch.linspace(1, SMALLEST_SHARE, NUM_CANDIDATES).tolist():
+        candidate = largest * share / top
+        codes = (numbers / candidate[:, None]).clamp_(-top, top)
+        codes = codes.round_() if kind is Kind.INT else codes.to(torch.float8_e4m3fn).float()
+        error = codes.mul_(candidate[:, None]).sub_(numbers).square_().sum(1)
+        scales = torch.where(error < best, candidate, scales)
+        best = torch.minimum(error, best)
+    return scales
