@@ -8,6 +8,7 @@ import torch
 
 from qserve.quant.clipping import search_grid
 from qserve.quant.grid import LevelSet, Rounded, grid_over_all, nearest_levels
+from qserve.quant.progressive import settle_in_rows
 from qserve.quant.published import round_columns, shrink_grid
 from qserve.quant.refit import refit_scales
 from qserve.quant.rounding import descend, feed_errors_back, sufficient_damping
@@ -43,11 +44,13 @@ def _choose(
     if steps.rounding is Rounding.PUBLISHED_FEEDBACK:
         damping = sufficient_damping(gram, steps.damping)
         return round_columns(weight, gram, group_size, levels, damping)
-    grid = RANGES[steps.range](weight, gram, group_size, levels).settled()
+    grid = RANGES[steps.range](weight, gram, group_size, levels)
+    grid = settle_in_rows(weight, gram, grid) if levels.progressive else grid.settled()
     if steps.rounding is Rounding.NEAREST:
         return Rounded(nearest_levels(weight.unflatten(1, (-1, group_size)), grid), grid)
     damping = sufficient_damping(gram, steps.damping)
     found = feed_errors_back(weight, gram, grid, damping)
     found = descend(weight, gram, grid, found, NUM_PASSES, damping)
-    grid = refit_scales(weight, gram, grid, found).settled()
+    if not levels.progressive:  # whole multiples are too coarse to follow a refit
+        grid = refit_scales(weight, gram, grid, found).settled()
     return Rounded(descend(weight, gram, grid, found, 1, damping), grid)

@@ -126,6 +126,11 @@ class Grid:
         scales = nested.dequantize().view_as(self.scales)
         return Grid(scales, self.zero_points, self.levels, nested)
 
+    def reach(self) -> torch.Tensor:
+        """The magnitude of the farthest value of each group; integer levels only."""
+        top = (1 << self.levels.bits) - 1
+        return self.scales * torch.maximum(self.zero_points, top - self.zero_points)
+
     def _settled_in_rows(self) -> Grid:
         """Scales as whole multiples of one for each row.
 
@@ -133,9 +138,7 @@ class Grid:
         it by half of the 15 levels at most, so that it stays in -127..127 (QoQ's protective range,
         Lin et al. 2024, arXiv 2405.04532, section 4.1).
         """
-        top = (1 << self.levels.bits) - 1
-        reach = self.scales * torch.maximum(self.zero_points, top - self.zero_points)
-        outer = reach.amax(1) / PROTECTED
+        outer = self.reach().amax(1) / PROTECTED
         whole = (self.scales / outer[:, None]).round_().clamp_(min=1)
         return Grid(whole * outer[:, None], self.zero_points, self.levels, outer=outer)
 

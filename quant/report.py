@@ -105,6 +105,7 @@ class SizeReport:
 class QuantizationReport:
     """The whole run.
 
+    effort: full, fast or plain. head: how the output head is stored, 16 bits or int8.
     bits, group_size: of most layers; -1 for one scale a row.
     block_errors: for each block, the squared difference its quantization makes to its output,
         relative to what the block adds to the hidden states; empty for RTN.
@@ -116,8 +117,10 @@ class QuantizationReport:
     model: str
     architecture: str
     method: str
+    effort: str
     bits: int
     group_size: int
+    head: str
     seed: int
     calibration: CalibrationReport | None
     tuning: TuningReport | None

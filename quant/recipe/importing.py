@@ -23,7 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What the names of `scheme` stand for (compressed-tensors 0.19)."""
 
-HARMLESS = ("AWQModifier.duo_scaling", "GPTQModifier.block_size", "GPTQModifier.dampening_frac")
+HARMLESS = ("AWQModifier.duo_scaling", "GPTQModifier.block_size")
 """Settings of a search that ours makes in its own way."""
 
 
@@ -55,10 +55,12 @@ def import_recipe(path: Path, model: str, output: str) -> Imported:
         )
     weights = _weights(merged, path)
     section: dict[str, Any] = {"method": _method(names, weights)}
-    if section["method"] in ("awq", "gptq"):
+    if section["method"] in ("awq", "gptq", "int4"):
         section["bits"] = weights["num_bits"]
         if weights["group_size"]:
             section["group_size"] = weights["group_size"]
+    if "dampening_frac" in merged:
+        section["damping"] = merged["dampening_frac"]
     ignored = [entry for entry in merged.get("ignore", []) if entry != "lm_head"]
     if ignored:
         section["ignore"] = [_pattern(entry) for entry in ignored]
@@ -114,6 +116,8 @@ def _method(names: list[str], weights: dict[str, Any]) -> str:
         return "smoothquant"
     if weights["num_bits"] == 8:
         return "int8"
+    if weights["symmetric"] and weights["num_bits"] == 4:
+        return "int4"
     return "gptq" if weights["symmetric"] or "GPTQModifier" in names else "awq"
 
 
@@ -123,7 +127,7 @@ def _pattern(entry: str) -> str:
 
 
 def _left_out(modifiers: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    used = {"scheme", "config_groups", "ignore", "targets"}
+    used = {"scheme", "config_groups", "ignore", "targets", "dampening_frac"}
     for name, settings in modifiers:
         for key in settings:
             if key not in used and f"{name}.{key}" not in HARMLESS:

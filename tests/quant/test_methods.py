@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from qserve.kernels.activations import Activations
+from qserve.kernels.activations import Activations, round_activations
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.decoder import Decoder
@@ -19,6 +20,7 @@ from qserve.quant.options import Effort, Method, QuantizeOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.plan import make_plan
 from qserve.quant.storage import as_stored
+from qserve.serve.weights import WeightReader
 
 LAYER = "model.layers.1.mlp.down_proj"
 
@@ -207,3 +209,25 @@ def test_activation_order_needs_a_format_that_holds_it() -> None:
         profile_of(QuantizeOptions(activation_order=True))
     with pytest.raises(OptionError, match="activation order: rtn reads no text"):
         profile_of(QuantizeOptions(Method.RTN, output=OutputFormat.GPTQ_V2, activation_order=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [(Method.QOQ, {}), (Method.GPTQ, {"activation_order": True}), (Method.HQQ, {"bits": 3})],
+    ids=["qoq", "activation-order", "hqq"],
+)
+def test_the_server_computes_with_what_is_written(
+    method: Method, settings: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    quantize(Checkpoint(tiny_llama), tmp_path, options_for(method, **settings), lambda _: None)
+    written = Checkpoint(tmp_path)
+    activations = written.activations or Activations.FLOAT32
+    names = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    linear = WeightReader(written, activations).linear(*names, shape=(128, 64))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    weights = [written.linear(name) for name in names]
+    rounded = round_activations(x, activations)
+    expected = torch.cat(
+        [rounded @ w.dequantize().T for w in weights if isinstance(w, GroupedWeight)], dim=1
+    )
+    torch.testing.assert_close(linear(x, torch.empty(5, 128)), expected, rtol=1e-3, atol=1e-3)

@@ -28,7 +28,9 @@ stage:
     SmoothQuantModifier: {smoothing_strength: 0.8}
     GPTQModifier: {scheme: W8A8, targets: Linear, ignore: [lm_head]}
 """
-GPTQ = "stage: {quant_modifiers: {GPTQModifier: {scheme: W4A16, ignore: [lm_head]}}}"
+GPTQ = """
+stage: {quant_modifiers: {GPTQModifier: {scheme: W4A16, ignore: [lm_head], dampening_frac: 0.05}}}
+"""
 
 
 def translated(text: str, folder: Path) -> tuple[dict[str, object], tuple[str, ...]]:
@@ -52,9 +54,10 @@ def test_quantized_activations_become_smoothquant(tmp_path: Path) -> None:
     assert notes == ("SmoothQuantModifier.smoothing_strength is left out",)
 
 
-def test_a_symmetric_scheme_becomes_gptq(tmp_path: Path) -> None:
-    section, _ = translated(GPTQ, tmp_path)
-    assert section == {"method": "gptq", "bits": 4, "group_size": 128}
+def test_a_symmetric_scheme_becomes_int4(tmp_path: Path) -> None:
+    section, notes = translated(GPTQ, tmp_path)
+    assert section == {"method": "int4", "bits": 4, "group_size": 128, "damping": 0.05}
+    assert notes == ()
 
 
 @pytest.mark.parametrize(
