@@ -18,6 +18,7 @@ PROGRAM = "qserve"
 # name -> (module that has it as `command`, its line in `qserve --help`): listing imports nothing.
 COMMANDS = {
     "quantize": ("qserve.cli.quantize", "Quantize a model and write a checkpoint."),
+    "plan": ("qserve.cli.plan", "Say what a quantization will cost and give."),
     "eval": ("qserve.cli.evaluate", "Measure perplexity, and the distance to the float model."),
     "run": ("qserve.cli.run", "Run a recipe: quantize, judge, gate, publish."),
     "recipe": ("qserve.cli.recipe", "Write, check and translate recipes."),

@@ -15,6 +15,7 @@ from qserve.cli.phase_display import phase_display
 from qserve.cli.quantities import format_bytes, format_seconds
 from qserve.cli.quantize_options import quantize_options, read_options
 from qserve.cli.resumption import telling_what_is_kept
+from qserve.cli.smoke import try_quantization
 from qserve.cli.termination import terminated_like_interrupted
 
 if TYPE_CHECKING:
@@ -25,20 +26,31 @@ if TYPE_CHECKING:
 @click.command(short_help="Quantize a model and write a checkpoint.")
 @click.argument("model")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder to write."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write. Needed but for --smoke.",
 )
 @quantize_options
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@click.option(
+    "--smoke", is_flag=True, help="Try one block, saved, read and run, and write nothing else."
+)
 @click.option("--force", is_flag=True, help="Replace a model folder that is already there.")
 @click.option("--restart", is_flag=True, help="Begin anew instead of going on with a stopped run.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def command(model: str, output: Path, **options: Any) -> None:
+def command(model: str, output: Path | None, smoke: bool, **options: Any) -> None:
     """Quantize MODEL, by default to 4 bits in AutoAWQ's format, which most engines load.
 
     MODEL is a folder of safetensors, a .gguf file or a hub id (owner/name). The result appears
     under --output when it is complete and not before. A run that was stopped or killed goes on
     after its last finished block when the same command is given again.
     """
+    if smoke:
+        try_quantization(model, options)
+        return
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     with terminated_like_interrupted():
         report = _quantize(model, output, options)
     summary = summarize(report, output)

@@ -40,19 +40,27 @@ class Verdict:
     notes: list[str]
 
 
+@dataclass(frozen=True)
 class Facts:
-    """What rules ask of a checkpoint, each found out once."""
+    """What rules ask of a checkpoint.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self.method = checkpoint.method
-        self.block: Mapping[str, Any] = checkpoint.quantization_config or {}
+    method: None for a float checkpoint. block: its ``quantization_config``. layers: the packed ones
+    by name. is_gemm: whether it is AWQ in the gemm layout.
+    """
 
-    @cached_property
-    def layers(self) -> dict[str, PackedLayer]:
-        """The packed layers by name."""
-        described = {name: self._checkpoint.describe(name) for name in self._checkpoint.modules}
-        return {name: layer for name, layer in described.items() if layer is not None}
+    method: str | None
+    block: Mapping[str, Any]
+    layers: Mapping[str, PackedLayer]
+    is_gemm: bool
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Facts:
+        """Those of a checkpoint folder, from its headers."""
+        described = {name: checkpoint.describe(name) for name in checkpoint.modules}
+        layers = {name: layer for name, layer in described.items() if layer is not None}
+        reader = checkpoint.format
+        is_gemm = isinstance(reader, AwqFormat) and reader.layout is Layout.GEMM
+        return cls(checkpoint.method, checkpoint.quantization_config or {}, layers, is_gemm)
 
     @cached_property
     def group_sizes(self) -> set[int]:
@@ -61,12 +69,6 @@ class Facts:
             -1 if layer.group_size == layer.in_features else layer.group_size
             for layer in self.layers.values()
         }
-
-    @property
-    def is_gemm(self) -> bool:
-        """Whether it is AWQ in the gemm layout."""
-        reader = self._checkpoint.format
-        return isinstance(reader, AwqFormat) and reader.layout is Layout.GEMM
 
     @property
     def orders_inputs(self) -> bool:
@@ -182,7 +184,11 @@ RULES = (
 
 def judge_for(checkpoint: Checkpoint, engines: Iterable[str]) -> list[Verdict]:
     """What the rules say of each engine. Raises ``OptionError`` for one that has no rules."""
-    facts = Facts(checkpoint)
+    return judge(Facts.of(checkpoint), engines)
+
+
+def judge(facts: Facts, engines: Iterable[str]) -> list[Verdict]:
+    """The same of a checkpoint that need not exist."""
     verdicts = []
     for engine in map(str.strip, engines):
         if engine not in VERSIONS:

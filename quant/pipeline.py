@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qserve.quant import rtn
+from qserve.quant.allocation import return_large_pieces
 from qserve.quant.block_result import BlockResult
 from qserve.quant.cache_scales import blank_scales, find_scales
 from qserve.quant.calibrated import CalibratedQuantizer
@@ -81,6 +82,7 @@ def quantize(
     decoder = Decoder(source)
     plan = make_plan(decoder, options)
     decoder.check_outside_blocks()
+    return_large_pieces()
     with _work_folder(work, out) as folder:
         run = _Run(decoder, plan, options, RunState(folder / run_key(source, options)))
         run.prepare(progress)
@@ -183,14 +185,19 @@ class _Run:
         """Quantize and write every block that is not finished."""
         started = time.perf_counter()
         done, total = len(self._records), self._decoder.num_blocks
-        length = 1 if self._hidden is None else self._hidden.shape[2]
         for index in range(done, total):
-            block = self._decoder.block(index, length)
-            record = self._write_block(block, self._quantize_block(block))
-            self._records.append(self._state.commit(index, record, self._hidden))
+            record = self._quantize(index)
+            self._records.append(record)
             pace = (time.perf_counter() - started) / (index + 1 - done)
             left = pace * (total - index - 1)
             progress(Progress(Phase.QUANTIZE, index + 1, total, left, record.error))
+
+    def _quantize(self, index: int) -> BlockRecord:
+        """Quantize, write and keep one block, of which nothing stays in memory."""
+        length = 1 if self._hidden is None else self._hidden.shape[2]
+        block = self._decoder.block(index, length)
+        record = self._write_block(block, self._quantize_block(block))
+        return self._state.commit(index, record, self._hidden)
 
     def _write_block(self, block: Block, result: BlockResult) -> BlockRecord:
         schemes: dict[str, LayerScheme] = {}

@@ -198,6 +198,7 @@ def test_a_full_disk_keeps_what_is_finished_and_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_killed_at_random_moments_writes_the_same_bytes_in_the_end(
     make_tiny_llama: MakeLlama, tmp_path: Path, text_file: Path
 ) -> None:

@@ -1,0 +1,283 @@
+"""What a quantization will cost and give, from the headers of the model alone."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+from qserve.quant.architecture import Stage
+from qserve.quant.decoder import HEAD, Block, Decoder
+from qserve.quant.engine_rules import VERSIONS, Facts, Verdict, judge
+from qserve.quant.errors import CheckpointError
+from qserve.quant.formats.layer_format import PackedLayer
+from qserve.quant.formats.registry import OutputFormat, make_writer
+from qserve.quant.formats.writer import Writer
+from qserve.quant.grid import Rounded, nearest_levels
+from qserve.quant.inspection import dtype_bits
+from qserve.quant.methods import WHOLE_ROW, Profile, Transform, profile_of
+from qserve.quant.options import QuantizeOptions, Rounding
+from qserve.quant.plan import Plan, SkippedLayer, make_plan
+from qserve.quant.target import StageSpec, divides
+
+SAMPLE_ROWS = (128, 256)
+"""Rows of a made-up weight that are packed to learn what a layer takes: size is linear in rows."""
+
+FLOAT_BYTES = 4
+STORED_BYTES = 2
+
+TRANSFORM_WINDOWS = 8
+SEARCHED_CANDIDATES = 63
+SEARCH_ROWS = 128
+FULL_CANDIDATES = 5
+"""What the search for scales does, see `quant/scaling.py`."""
+
+FEEDBACK_PRODUCTS = 8.0
+NEAREST_PRODUCTS = 4.0
+"""Products of a weight with its Gram matrix that range, rounding and refit take together."""
+
+FEEDBACK_OPERATIONS = 55_000.0
+NEAREST_OPERATIONS = 40_000.0
+PLAIN_OPERATIONS = 3_000.0
+"""For each weight, for what is no product (steps that wait for memory, mostly), with text and
+without. Measured on blocks of 512 and 1024 inputs: seconds times the speed of a large product."""
+
+PROBE = 512
+PROBE_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What to expect of one run.
+
+    refused_group_sizes: sizes that the method has and the model cannot take, each with the layers
+    (by their names inside a block) whose inputs it does not divide.
+    quantized_bytes: of the tensors. disk_bytes: of the output's disk while the run lasts.
+    memory_bytes: of the process at its highest, without mapped files. seconds: on this machine,
+    with the threads of this process.
+    """
+
+    model: str
+    architecture: str
+    method: str
+    format: str
+    bits: int
+    group_size: int
+    num_blocks: int
+    num_quantized_layers: int
+    skipped: tuple[SkippedLayer, ...]
+    refused_group_sizes: dict[int, tuple[str, ...]]
+    source_bytes: int
+    quantized_bytes: int
+    bits_per_weight: float
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float
+    engines: tuple[Verdict, ...]
+
+
+def estimate(decoder: Decoder, options: QuantizeOptions) -> Estimate:
+    """What ``quantize`` with these options will take and give. No weight is read.
+
+    Raises what ``quantize`` raises before it begins, and ``CheckpointError`` for tensors that are
+    missing or have another shape than the configuration implies.
+    """
+    source = decoder.checkpoint
+    if source.method is not None:
+        raise CheckpointError(
+            f"{source.folder} is already quantized ({source.method}): give the float checkpoint"
+        )
+    plan, profile = make_plan(decoder, options), profile_of(options)
+    _check_headers(decoder)
+    sizes = _Sizes(decoder, plan, profile)
+    costs = _Costs(decoder.skeleton, profile, options)
+    hidden_bytes = costs.hidden_bytes if profile.calibrated else 0
+    return Estimate(
+        model=source.folder.name,
+        architecture=source.architecture,
+        method=options.method.value,
+        format=profile.output.value,
+        bits=options.code_bits,
+        group_size=plan.group_size,
+        num_blocks=decoder.num_blocks,
+        num_quantized_layers=len(sizes.layers),
+        skipped=plan.skipped,
+        refused_group_sizes=_refused(decoder.skeleton, profile),
+        source_bytes=sum(path.stat().st_size for path in set(source.tensor_files.values())),
+        quantized_bytes=sizes.total_bytes,
+        bits_per_weight=sizes.bits_per_weight,
+        disk_bytes=2 * sizes.total_bytes + 2 * hidden_bytes,
+        memory_bytes=costs.memory_bytes,
+        seconds=costs.operations * decoder.num_blocks / _operations_per_second(),
+        engines=tuple(judge(sizes.facts(), VERSIONS)),
+    )
+
+
+def _check_headers(decoder: Decoder) -> None:
+    """Raise ``CheckpointError`` unless every parameter of every block is there, in its shape."""
+    block, source = decoder.skeleton, decoder.checkpoint
+    for index in range(decoder.num_blocks):
+        for name, parameter in block.layer.named_parameters():
+            full_name = f"model.layers.{index}.{name}"
+            if source.shape(full_name) != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{full_name} has shape {source.shape(full_name)}, config.json implies "
+                    f"{tuple(parameter.shape)}: they are of different models"
+                )
+
+
+def _refused(block: Block, profile: Profile) -> dict[int, tuple[str, ...]]:
+    names = [name for stage in block.stages for name in stage.linears]
+    found = {
+        size: tuple(name for name in names if not divides(size, block.linear(name).in_features))
+        for size in profile.group_sizes
+        if size != WHOLE_ROW
+    }
+    return {size: misfits for size, misfits in found.items() if misfits}
+
+
+class _Sizes:
+    """Bytes of the result, by packing a few made-up rows of every kind of layer."""
+
+    def __init__(self, decoder: Decoder, plan: Plan, profile: Profile) -> None:
+        self._plan = plan
+        self._profile = profile
+        self._writer = make_writer(
+            profile.output,
+            "",
+            activations=profile.activations,
+            dtype=decoder.architecture.dtype,
+        )
+        self._known: dict[tuple[StageSpec, int, int], float] = {}
+        block = decoder.skeleton
+        stages = {stage.name: stage for stage in block.stages}
+        self.layers = {
+            f"model.layers.{index}.{name}": (spec, block.linear(name))
+            for (index, stage), spec in plan.specs.items()
+            for name in stages[stage].linears
+        }
+        packed = {
+            name: self._packed_bytes(spec, layer.out_features, layer.in_features)
+            for name, (spec, layer) in self.layers.items()
+        }
+        weights = {name: layer.weight.numel() for name, (_, layer) in self.layers.items()}
+        self.bits_per_weight = 8 * sum(packed.values()) / sum(weights.values())
+        source = decoder.checkpoint
+        left = [
+            name
+            for name in source
+            if name.removesuffix(".weight") not in self.layers
+            and not (name == HEAD and decoder.is_tied)
+        ]
+        floats = sum(
+            math.prod(source.shape(name)) * _stored_bytes(source.dtype(name)) for name in left
+        )
+        self.total_bytes = round(sum(packed.values()) + floats)
+
+    def facts(self) -> Facts:
+        """What engines ask of the result."""
+        schemes = {name: spec.scheme(layer) for name, (spec, layer) in self.layers.items()}
+        block = self._writer.config_block(schemes, [layer.name for layer in self._plan.skipped])
+        layers = {
+            name: PackedLayer(s.out_features, s.in_features, s.bits, s.group_size)
+            for name, s in schemes.items()
+        }
+        is_gemm = self._profile.output is OutputFormat.AWQ
+        return Facts(block["quant_method"], block, layers, is_gemm)
+
+    def _packed_bytes(self, spec: StageSpec, num_rows: int, width: int) -> float:
+        key = (spec, num_rows, width)
+        if key not in self._known:
+            small, large = SAMPLE_ROWS
+            least = _encoded_bytes(self._writer, self._profile, spec, (small, width))
+            slope = (_encoded_bytes(self._writer, self._profile, spec, (large, width)) - least) / (
+                large - small
+            )
+            self._known[key] = least + slope * (num_rows - small)
+        return self._known[key]
+
+
+def _encoded_bytes(
+    writer: Writer, profile: Profile, spec: StageSpec, shape: tuple[int, int]
+) -> int:
+    """Bytes of a made-up weight as the format stores it."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    groups = values.unflatten(1, (-1, spec.group_size))
+    grid = profile.choose_grid(groups, spec.levels).settled()
+    packed = writer.encode(Rounded(nearest_levels(groups, grid), grid).pack())
+    return sum(tensor.nbytes for tensor in packed.values())
+
+
+def _stored_bytes(dtype: str) -> int:
+    """Bytes of an element as it is stored: floats become 16 bits wide."""
+    return STORED_BYTES if dtype.startswith(("F", "BF")) else dtype_bits(dtype) // 8
+
+
+class _Costs:
+    """Memory and arithmetic of one block; the text is counted at its full length."""
+
+    def __init__(self, block: Block, profile: Profile, options: QuantizeOptions) -> None:
+        self._profile = profile
+        self._block = block
+        self._parameters = sum(parameter.numel() for parameter in block.layer.parameters())
+        self._tokens = options.num_samples * options.seq_len
+        stride = max(1, options.num_samples // TRANSFORM_WINDOWS)
+        self._searched_tokens = -(-options.num_samples // stride) * options.seq_len
+        self._hidden_size = block.linear(block.stages[0].linears[0]).in_features
+        self._wide = max(self._width(stage) for stage in block.stages)
+        self._rows = {stage.name: self._num_rows(stage) for stage in block.stages}
+        self.hidden_bytes = FLOAT_BYTES * self._tokens * self._hidden_size
+
+    def _width(self, stage: Stage) -> int:
+        return self._block.linear(stage.linears[0]).in_features
+
+    def _num_rows(self, stage: Stage) -> int:
+        return sum(self._block.linear(name).out_features for name in stage.linears)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The process as it is, a block, what rounding a stage needs, and the activations."""
+        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        stages = self._block.stages
+        weight = max(self._rows[stage.name] * self._width(stage) for stage in stages)
+        memory = FLOAT_BYTES * (self._parameters + 4 * weight)
+        if self._profile.calibrated:
+            gram = max(self._width(stage) for stage in stages) ** 2
+            grams = sum(self._width(stage) ** 2 for stage in stages)
+            activations = self._tokens * (2 * self._hidden_size + self._wide)
+            activations += 2 * self._searched_tokens * self._hidden_size
+            memory += FLOAT_BYTES * (activations + grams + 3 * gram)
+        return process + memory
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations, in the time that those of a large product take."""
+        if not self._profile.calibrated:
+            return PLAIN_OPERATIONS * self._parameters
+        tokens = self._tokens + self._searched_tokens
+        total = 2.0 * self._parameters * tokens
+        feeds_back = self._profile.rounding is Rounding.FEEDBACK
+        products = FEEDBACK_PRODUCTS if feeds_back else NEAREST_PRODUCTS
+        total += self._parameters * (FEEDBACK_OPERATIONS if feeds_back else NEAREST_OPERATIONS)
+        for stage in self._block.stages:
+            rows, width = self._rows[stage.name], self._width(stage)
+            total += width**2 * tokens
+            if self._profile.transform is Transform.SCALE:
+                searched = SEARCHED_CANDIDATES * SEARCH_ROWS + FULL_CANDIDATES * rows
+                total += 2.0 * searched * width**2
+            total += 2.0 * products * rows * width**2
+        return total
+
+
+def _operations_per_second() -> float:
+    """What this machine does in a product of two matrices, with the threads of this process."""
+    left, right = torch.ones(PROBE, PROBE), torch.ones(PROBE, PROBE)
+    fastest, started = math.inf, time.perf_counter()
+    while time.perf_counter() - started < PROBE_SECONDS:
+        begun = time.perf_counter()
+        torch.mm(left, right)
+        fastest = min(fastest, time.perf_counter() - begun)
+    return 2.0 * PROBE**3 / fastest

@@ -1,0 +1,78 @@
+"""What is foretold of a quantization, beside what it comes to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from qserve.quant.decoder import Decoder
+from qserve.quant.engine_rules import VERSIONS, judge_for
+from qserve.quant.errors import CheckpointError, OptionError
+from qserve.quant.estimate import estimate
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.options import Method, QuantizeOptions
+from qserve.quant.pipeline import quantize
+from qserve.quant.progress import ignore_progress
+
+MakeLlama = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    "method", [Method.RTN, Method.GPTQ, Method.INT8, Method.NF4, Method.FLOAT8]
+)
+def test_the_size_is_exact_to_one_percent_and_the_engines_are_those_of_the_result(
+    tiny_llama: Path, tiny_options: QuantizeOptions, tmp_path: Path, method: Method
+) -> None:
+    options = replace(tiny_options, method=method, group_size=None, num_samples=2)
+    source = Checkpoint(tiny_llama)
+    foretold = estimate(Decoder(source), options)
+    report = quantize(source, tmp_path, options, ignore_progress)
+    assert foretold.quantized_bytes == pytest.approx(report.sizes.quantized_bytes, rel=0.01)
+    assert foretold.bits_per_weight == pytest.approx(report.sizes.bits_per_weight, rel=0.01)
+    assert foretold.num_quantized_layers == len(report.layers)
+    assert list(foretold.engines) == judge_for(Checkpoint(tmp_path), VERSIONS)
+    assert foretold.memory_bytes > 0 and foretold.seconds > 0
+    assert foretold.disk_bytes > 2 * report.sizes.quantized_bytes - 1000
+
+
+def test_layers_that_a_group_size_does_not_divide_are_named(
+    make_tiny_llama: MakeLlama, tiny_options: QuantizeOptions
+) -> None:
+    decoder = Decoder(Checkpoint(make_tiny_llama(intermediate_size=96)))
+    foretold = estimate(decoder, tiny_options)
+    assert foretold.refused_group_sizes[64] == ("mlp.down_proj",)
+    assert "mlp.up_proj" in foretold.refused_group_sizes[128]
+    with pytest.raises(OptionError, match=r"do not divide the inputs of mlp.down_proj \(96\)"):
+        estimate(decoder, replace(tiny_options, group_size=64))
+
+
+def test_a_model_of_which_only_headers_are_there_can_be_planned(
+    tiny_llama: Path, tiny_options: QuantizeOptions, tmp_path: Path
+) -> None:
+    for path in tiny_llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    size = weights.stat().st_size
+    header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    with weights.open("r+b") as file:  # a hole takes the place of the tensors
+        file.truncate(header)
+        file.truncate(size)
+    assert estimate(Decoder(Checkpoint(tmp_path)), tiny_options) is not None
+
+
+def test_what_cannot_work_is_refused_from_the_headers(
+    tiny_llama: Path, tiny_options: QuantizeOptions, tmp_path: Path
+) -> None:
+    for path in tiny_llama.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    with pytest.raises(CheckpointError, match=r"has shape \(128, 64\), config.json implies"):
+        estimate(Decoder(Checkpoint(tmp_path)), tiny_options)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"no tensor model.layers.2"):
+        estimate(Decoder(Checkpoint(tmp_path)), tiny_options)
