@@ -78,6 +78,8 @@ def _estimate(
         torch.set_num_threads(choices["threads"])
     options, planned = _read(recipe, choices) if recipe is not None else (None, None)
     options = options or read_options(choices)
+    if options.is_limited:
+        say("what a limit leads to is found by measuring: this plan is of a run without it")
     source = resolve_model(model or str(planned), cache=cache_folder(os.environ), notice=say)
     found = estimate(Decoder(source), options)
     if output is not None:

@@ -18,9 +18,10 @@ from qserve.quant.formats.registry import OutputFormat, make_writer
 from qserve.quant.formats.writer import Writer
 from qserve.quant.grid import Rounded, nearest_levels
 from qserve.quant.inspection import dtype_bits
-from qserve.quant.methods import WHOLE_ROW, Profile, Transform, profile_of
-from qserve.quant.options import QuantizeOptions, Rounding
+from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
+from qserve.quant.options import QuantizeOptions
 from qserve.quant.plan import Plan, SkippedLayer, make_plan
+from qserve.quant.steps import Rounding, Transform
 from qserve.quant.target import StageSpec, divides
 
 SAMPLE_ROWS = (128, 256)
@@ -229,7 +230,8 @@ class _Costs:
         self._hidden_size = block.linear(block.stages[0].linears[0]).in_features
         self._wide = max(self._width(stage) for stage in block.stages)
         self._rows = {stage.name: self._num_rows(stage) for stage in block.stages}
-        self.hidden_bytes = FLOAT_BYTES * self._tokens * self._hidden_size
+        self._num_models = 2 if profile.steps.follow_float_model else 1
+        self.hidden_bytes = FLOAT_BYTES * self._num_models * self._tokens * self._hidden_size
 
     def _width(self, stage: Stage) -> int:
         return self._block.linear(stage.linears[0]).in_features
@@ -247,7 +249,7 @@ class _Costs:
         if self._profile.calibrated:
             gram = max(self._width(stage) for stage in stages) ** 2
             grams = sum(self._width(stage) ** 2 for stage in stages)
-            activations = self._tokens * (2 * self._hidden_size + self._wide)
+            activations = self._tokens * (2 * self._hidden_size + self._wide) * self._num_models
             activations += 2 * self._searched_tokens * self._hidden_size
             memory += FLOAT_BYTES * (activations + grams + 3 * gram)
         return process + memory
@@ -258,14 +260,14 @@ class _Costs:
         if not self._profile.calibrated:
             return PLAIN_OPERATIONS * self._parameters
         tokens = self._tokens + self._searched_tokens
-        total = 2.0 * self._parameters * tokens
-        feeds_back = self._profile.rounding is Rounding.FEEDBACK
+        total = 2.0 * self._parameters * (tokens + (self._num_models - 1) * self._tokens)
+        feeds_back = self._profile.steps.rounding is Rounding.FEEDBACK
         products = FEEDBACK_PRODUCTS if feeds_back else NEAREST_PRODUCTS
         total += self._parameters * (FEEDBACK_OPERATIONS if feeds_back else NEAREST_OPERATIONS)
         for stage in self._block.stages:
             rows, width = self._rows[stage.name], self._width(stage)
-            total += width**2 * tokens
-            if self._profile.transform is Transform.SCALE:
+            total += width**2 * (tokens + 2 * (self._num_models - 1) * self._tokens)
+            if self._profile.steps.transform is Transform.SCALE:
                 searched = SEARCHED_CANDIDATES * SEARCH_ROWS + FULL_CANDIDATES * rows
                 total += 2.0 * searched * width**2
             total += 2.0 * products * rows * width**2

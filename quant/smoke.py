@@ -93,7 +93,8 @@ def _quantize(
         return rtn.quantize_block(block, plan, profile.choose_grid), 0
     calibration = gather_calibration(decoder, options)
     hidden = as_stored(decoder.embed(calibration.token_ids))
-    result = CalibratedQuantizer(hidden, plan, profile).quantize_block(block)
+    exact = hidden.clone() if profile.steps.follow_float_model else None
+    result = CalibratedQuantizer(hidden, plan, profile, exact).quantize_block(block)
     return result, calibration.token_ids.numel()
 
 
