@@ -135,21 +135,12 @@ def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
         ("bits per weight, quantized layers", f"{sizes.bits_per_weight:.3f}"),
         ("quantized layers", f"{len(report.layers)}, {_groups(report.group_size)}{differing}"),
         ("layers left in 16 bits", len(report.skipped)),
-        *_tuning_rows(report),
+        *([] if report.tuning is None else [("tuning", str(report.tuning))]),
         ("time", format_seconds(report.seconds)),
         ("peak memory", format_bytes(report.peak_memory_bytes)),
         ("report", summary["report"]),
     ]
     print_table(f"{report.method.upper()}, {report.bits} bits", ("", ""), rows)
-
-
-def _tuning_rows(report: QuantizationReport) -> list[tuple[str, str]]:
-    tuning = report.tuning
-    if tuning is None:
-        return []
-    kept = f"step {tuning.kept_step} of {tuning.steps}" if tuning.kept_step else "nothing"
-    change = f"{tuning.kl_before:.4f} to {tuning.kl_after:.4f} nats"
-    return [("tuning: KL on held-back text", f"{change}, kept {kept}")]
 
 
 def _groups(group_size: int) -> str:

@@ -91,6 +91,10 @@ class TuningReport:
     arithmetic: str
     seconds: float
 
+    def __str__(self) -> str:
+        kept = f"step {self.kept_step} of {self.steps}" if self.kept_step else "nothing was better"
+        return f"KL {self.kl_before:.4f} to {self.kl_after:.4f} on held-back text ({kept})"
+
 
 @dataclass(frozen=True, slots=True)
 class SizeReport:

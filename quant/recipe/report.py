@@ -56,6 +56,8 @@ def headline(report: RecipeReport) -> list[tuple[str, str]]:
         ("bits per weight", f"{sizes.bits_per_weight:.3f}"),
         ("quantized layers", f"{len(quantization.layers)}, {len(quantization.skipped)} skipped"),
     ]
+    if quantization.tuning is not None:
+        rows.append(("tuning", str(quantization.tuning)))
     evaluation = report.evaluation
     if evaluation is not None:
         assert evaluation.kl is not None and evaluation.top1 is not None

@@ -151,3 +151,18 @@ def test_the_schema_and_a_translated_recipe_are_all_there_is_on_stdout(
     done = qserve("recipe", "import", theirs, "--model", "a/b")
     assert yaml.safe_load(done.out)["quantize"] == {"method": "gptq", "bits": 4, "group_size": 128}
     assert "LogModifier is left out" in done.err and "GPTQModifier.dampening" in done.err
+
+
+def test_what_is_done_after_packing_is_in_the_reports_and_the_lock(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("The harbour wakes before the town does. " * 40)
+    recipe = write_recipe(
+        quantize={"method": "int4", "kv_cache": "fp8", "tune": {"steps": 1, "minutes": 10}},
+        calibration={"text": "text.txt", "samples": 2, "seq_len": 16},
+    )
+    done = qserve("run", recipe)
+    assert done.code == ExitCode.OK, done.err
+    assert "| tuning | KL " in (tmp_path / "reports/r.md").read_text()
+    assert json.loads((tmp_path / "out/recipe.lock").read_text())["tuning_steps"] == 1
+    assert str(Checkpoint(tmp_path / "out").kv_cache) == "fp8, a scale for each head"
