@@ -44,6 +44,7 @@ class CommandError(click.ClickException):
 # By class name along the inheritance: classifying an error imports neither folder, nor torch.
 CODES_BY_CLASS = {
     "CalibrationError": ExitCode.CALIBRATION,
+    "GateError": ExitCode.GATE,
     "OptionError": ExitCode.USAGE,
     "OutputError": ExitCode.OUTPUT,
     "CheckpointError": ExitCode.MODEL,

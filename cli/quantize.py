@@ -18,8 +18,15 @@ from qserve.cli.resumption import telling_what_is_kept
 from qserve.cli.smoke import try_quantization
 from qserve.cli.termination import terminated_like_interrupted
 
+JUDGING_WINDOWS = 16, 256
+"""Windows of the text that ``--max-kl`` judges on, and their tokens."""
+
 if TYPE_CHECKING:
-    from qserve.quant.progress import Progress
+    from qserve.quant.evaluate import Evaluation
+    from qserve.quant.formats.checkpoint import Checkpoint
+    from qserve.quant.options import QuantizeOptions
+    from qserve.quant.output import Draft
+    from qserve.quant.progress import Progress, ProgressCallback
     from qserve.quant.report import QuantizationReport
 
 
@@ -99,7 +106,36 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
         publish_resumable(output, key, force, protect=protect, restart=restart) as draft,
         phase_display(*first, _describe) as follow,
     ):
-        return quantize(source, draft.result, options, follow, draft.work)
+        if options.max_kl is None:
+            return quantize(source, draft.result, options, follow, draft.work)
+        return _quantize_within(source, draft, options, follow)
+
+
+def _quantize_within(
+    source: Checkpoint, draft: Draft, options: QuantizeOptions, follow: ProgressCallback
+) -> QuantizationReport:
+    """Quantize and judge until the limit is kept. Raises ``GateError`` when it is not."""
+    from qserve.quant.errors import GateError
+    from qserve.quant.evaluate import evaluate
+    from qserve.quant.formats.checkpoint import Checkpoint
+    from qserve.quant.quality_limit import quantize_within
+    from qserve.quant.windows import python_topics
+
+    def judge(folder: Path) -> Evaluation:
+        windows, length = JUDGING_WINDOWS
+        return evaluate(Checkpoint(folder), source, python_topics(), windows, length, follow)
+
+    report, _ = quantize_within(source, draft.result, options, judge, follow, draft.work)
+    for retry in report.retries:
+        say(retry)
+    assert report.kl is not None and options.max_kl is not None
+    if report.kl > options.max_kl:
+        raise GateError(
+            f"the KL from the float model is {report.kl:.4g}, above {options.max_kl:g}, after "
+            f"{len(report.retries)} retries: nothing is written; allow more, start from more bits "
+            "(--bits), or take a format that holds more"
+        )
+    return report
 
 
 def _describe(step: Progress) -> str:

@@ -165,6 +165,12 @@ OPTIONS = (
         "holds, and 16.",
     ),
     click.option(
+        "--max-kl",
+        type=click.FloatRange(0, min_open=True),
+        help="Judge the result on Python's help topics, and give the worst layers more bits or "
+        "smaller groups while its KL from the float model is above.",
+    ),
+    click.option(
         "--ignore",
         multiple=True,
         metavar="REGEX",
@@ -220,6 +226,7 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
         avg_bits=choices["avg_bits"],
         max_size=choices["max_size"],
         widths=choices["widths"],
+        max_kl=choices["max_kl"],
         ignore=choices["ignore"],
         seed=choices["seed"],
         kv_cache=None if choices["kv_cache"] is None else KvCache(choices["kv_cache"]),

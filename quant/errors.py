@@ -6,6 +6,7 @@ QuantError
 ├── CalibrationError     the calibration text does not do
 ├── OptionError          two options, or an option and the model, contradict each other
 │   └── RecipeError      a recipe file cannot be read or understood
+├── GateError            the result is worse than the limit that was given
 └── OutputError          the result cannot be written where it was asked
 """
 
@@ -34,6 +35,10 @@ class OptionError(QuantError):
 
 class OutputError(QuantError):
     """The result cannot be written where it was asked."""
+
+
+class GateError(QuantError):
+    """A result that is worse than the limit that was given."""
 
 
 class RecipeError(OptionError):

@@ -10,6 +10,7 @@ what is left over at the end goes to single steps that still fit.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from qserve.quant.architecture import Stage
 from qserve.quant.decoder import Decoder
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.layer_format import HEAD
+from qserve.quant.methods import WHOLE_ROW
 from qserve.quant.options import QuantizeOptions
 from qserve.quant.output_head import LEVELS
 from qserve.quant.overrides import FLOAT_BITS
@@ -55,7 +57,7 @@ Estimates = Mapping[StageKey, tuple[float, ...]]
 
 
 class Mixer:
-    """Finds the plan for a limit on the size."""
+    """Finds the plan for a limit on the size, and what there is to choose from."""
 
     def __init__(self, decoder: Decoder, options: QuantizeOptions, plan: Plan) -> None:
         """plan: what is done without a limit; what its overrides settle stays settled.
@@ -68,12 +70,12 @@ class Mixer:
         self._target = Target(options)
         self._sizes = PackedSizes(self._target.writer)
         self._widths = options.widths
-        asked = options.group_size
+        asked = options.group_size if options.is_limited else None
         self._group_sizes = self._target.group_sizes if asked is None else (asked,)
         self._candidates = {
             key: self._list(self._stages[key[1]], spec) for key, spec in plan.specs.items()
         }
-        self._limit = self._find_limit(options)
+        self._limit = self._find_limit(options) if options.is_limited else None
 
     def measure(self, token_ids: torch.Tensor, progress: ProgressCallback) -> Estimates:
         """What the candidates of each stage add, by calibration windows ``[S, T]``."""
@@ -83,15 +85,38 @@ class Mixer:
         }
         return measure_sensitivity(self._decoder, token_ids, specs, progress)
 
-    def plan(self, estimates: Estimates) -> Plan:
-        """The plan that suits what was measured."""
+    def estimated(self, estimates: Estimates) -> dict[StageKey, list[Candidate]]:
+        """The candidates of every stage with what they add."""
         found: dict[StageKey, list[Candidate]] = {}
         for key, candidates in self._candidates.items():
             values = iter(estimates[key])
             found[key] = [
                 one if one.spec is None else replace(one, kl=next(values)) for one in candidates
             ]
+        return found
+
+    def plan(self, estimates: Estimates) -> Plan:
+        """The plan that suits what was measured."""
+        assert self._limit is not None, "there is no limit to make a plan for"
+        found = self.estimated(estimates)
         return self._plan_of(choose_candidates(found, self._limit), found)
+
+    def usual(self, candidates: Mapping[StageKey, Sequence[Candidate]]) -> Choices:
+        """Of the candidates, those that the plan without a limit has."""
+        return {
+            key: next(one for one in some if one.spec == self._plan.specs[key])
+            for key, some in candidates.items()
+        }
+
+    def names(self, key: StageKey) -> list[str]:
+        """The full names of the layers of a stage."""
+        return [block_name(key[0], name) for name in self._stages[key[1]].linears]
+
+    def stated_size(self, spec: StageSpec) -> int:
+        """The group size as options state it: -1 for one scale a row."""
+        if spec.group_size in self._target.group_sizes:
+            return spec.group_size
+        return WHOLE_ROW
 
     def _list(self, stage: Stage, usual: StageSpec) -> list[Candidate]:
         """What a stage may become, from the smallest on."""
@@ -215,7 +240,22 @@ def choose_candidates(candidates: Mapping[StageKey, Sequence[Candidate]], limit:
     chosen = {key: min(some, key=lambda one: one.num_bytes) for key, some in candidates.items()}
     left = limit - sum(one.num_bytes for one in chosen.values())
     assert left >= 0, "the smallest candidates exceed the limit"
-    while True:
+    return take_steps(chosen, candidates, aim=0.0, left=left)
+
+
+def take_steps(
+    chosen: Choices,
+    candidates: Mapping[StageKey, Sequence[Candidate]],
+    aim: float,
+    left: float = math.inf,
+) -> Choices:
+    """``chosen`` after the steps to other candidates that take most divergence away a byte.
+
+    They end when the sum of KL is down to ``aim``, or when no other takes any away within ``left``
+    more bytes.
+    """
+    chosen = dict(chosen)
+    while sum(one.kl for one in chosen.values()) > aim:
         steps = [
             (_gain(chosen[key], one), key, one)
             for key, some in candidates.items()
@@ -223,10 +263,11 @@ def choose_candidates(candidates: Mapping[StageKey, Sequence[Candidate]], limit:
             if one.num_bytes - chosen[key].num_bytes <= left and one.kl < chosen[key].kl
         ]
         if not steps:
-            return chosen
+            break
         _, key, one = max(steps, key=lambda step: (step[0], -step[2].num_bytes))
         left -= one.num_bytes - chosen[key].num_bytes
         chosen[key] = one
+    return chosen
 
 
 def _gain(now: Candidate, then: Candidate) -> float:

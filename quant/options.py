@@ -170,6 +170,7 @@ class QuantizeOptions:
     max_size: bytes that the weight files may have together; likewise.
     widths: bits to choose from, 16 for layers that stay as they are; none for all that the format
         holds.
+    max_kl: divergence that ``quantize_within`` does not stop above.
     ignore: regular expressions; a linear layer stays in 16 bits when one is found in its full name
         (``model.layers.0.mlp.down_proj``), together with the layers that serving engines fuse
         it with.
@@ -196,6 +197,7 @@ class QuantizeOptions:
     avg_bits: float | None = None
     max_size: int | None = None
     widths: tuple[int, ...] = ()
+    max_kl: float | None = None
     ignore: tuple[str, ...] = ()
     seed: int = 0
     kv_cache: KvCache | None = None
@@ -218,7 +220,7 @@ class QuantizeOptions:
             Override(pattern, FLOAT_BITS)
 
     def _check_limits(self) -> None:
-        for name in ("avg_bits", "max_size"):
+        for name in ("avg_bits", "max_size", "max_kl"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OptionError(f"{name} {value}: expected a positive number")
@@ -226,6 +228,8 @@ class QuantizeOptions:
             raise OptionError(
                 f"bits {self.bits} and a limit on the size: give one; widths says what to choose of"
             )
+        if self.is_limited and self.max_kl is not None:
+            raise OptionError("max_kl may need more than a limit on the size leaves: give one")
         if self.widths and not self.is_limited:
             raise OptionError("widths are chosen from under a limit: give avg_bits or max_size")
         for width in self.widths:

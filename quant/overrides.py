@@ -22,13 +22,14 @@ class Override:
     """What layers get for which a regular expression is found in the full name.
 
     bits: of a code, 16 for layers that stay as they are. group_size: inputs that share a scale, -1
-    for a row. None: as the others.
+    for a row. None: as the others. why: in words for the report, '' to name the pattern.
     Raises ``OptionError`` for a pattern that is none, and when there is nothing to set.
     """
 
     pattern: str
     bits: int | None = None
     group_size: int | None = None
+    why: str = ""
 
     def __post_init__(self) -> None:
         try:
@@ -39,6 +40,11 @@ class Override:
             raise OptionError(f"override {self.pattern!r} sets neither bits nor a group size")
         if self.bits is not None:
             check_bits(f"override {self.pattern!r}", self.bits)
+
+    @property
+    def reason(self) -> str:
+        """Why a layer has its settings, in words."""
+        return self.why or f"matches {self.pattern!r}"
 
     def matches(self, name: str) -> bool:
         """Whether it is for the layer of this full name."""
@@ -65,7 +71,7 @@ def parse_override(text: str) -> Override:
         if not equals or name is None or name in found or not re.fullmatch(r"-?\d+", value):
             raise OptionError(f"override {text!r}: {SYNTAX}")
         found[name] = int(value)
-    return Override(pattern, **found)
+    return Override(pattern, found.get("bits"), found.get("group_size"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ class Wish:
     """What overrides say of layers that run as one.
 
     bits, group_size: None where nothing is said. named: the layers that a pattern matched, with
-    the last one that did.
+    the reason of the last one that did.
     """
 
     bits: int | None
@@ -83,8 +89,7 @@ class Wish:
     @property
     def reason(self) -> str:
         """Whose wish it is, in words; '' when there is none."""
-        patterns = dict.fromkeys(self.named.values())
-        return f"matches {' and '.join(map(repr, patterns))}" if patterns else ""
+        return " and ".join(dict.fromkeys(self.named.values()))
 
 
 class Overrides:
@@ -100,7 +105,7 @@ class Overrides:
         self._used.update(matching)
         bits = [one.bits for one in matching if one.bits is not None]
         group_sizes = [one.group_size for one in matching if one.group_size is not None]
-        named = {name: one.pattern for one in matching for name in names if one.matches(name)}
+        named = {name: one.reason for one in matching for name in names if one.matches(name)}
         return Wish(bits[-1] if bits else None, group_sizes[-1] if group_sizes else None, named)
 
     @property

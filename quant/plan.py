@@ -105,7 +105,7 @@ def _left_out(
 ) -> list[SkippedLayer]:
     """The layers of a stage, when they stay in 16 bits, each with its reason."""
     if wish.bits == FLOAT_BITS:
-        reasons = {name: f"matches {pattern!r}" for name, pattern in wish.named.items()}
+        reasons = dict(wish.named)
     else:
         misfits = {name: target.misfit(block.linear(name)) for name in stage.linears}
         reasons = {block_name(index, name): why for name, why in misfits.items() if why is not None}

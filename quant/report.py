@@ -116,6 +116,8 @@ class QuantizationReport:
     bfloat16_tensors: tensors with values that float16 cannot hold, stored in bfloat16.
     peak_memory_bytes: resident memory of the process at its highest.
     versions: of this package and of those the result depends on.
+    retries: what was done about a KL above the limit, in words, try by try. kl: in the end; None
+        without a limit.
     """
 
     model: str
@@ -136,6 +138,8 @@ class QuantizationReport:
     seconds: float
     peak_memory_bytes: int
     versions: dict[str, str]
+    retries: tuple[str, ...] = ()
+    kl: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, in a fixed order."""

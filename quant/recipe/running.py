@@ -14,10 +14,18 @@ from qserve.quant.output import Discarded, publish_resumable
 from qserve.quant.overrides import Override
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import Progress
+from qserve.quant.quality_limit import quantize_within
 from qserve.quant.recipe.gates import check_gates
 from qserve.quant.recipe.lock import write_lock
 from qserve.quant.recipe.report import RecipeReport
-from qserve.quant.recipe.schema import BUILT_IN, SELF, TOPICS, EvaluateSection, Recipe
+from qserve.quant.recipe.schema import (
+    BUILT_IN,
+    SELF,
+    TOPICS,
+    EvaluateSection,
+    GatesSection,
+    Recipe,
+)
 from qserve.quant.report import QuantizationReport
 from qserve.quant.run_state import run_key
 from qserve.quant.windows import python_topics, read_text
@@ -74,6 +82,7 @@ class Job:
             ),
             avg_bits=section.avg_bits,
             max_size=section.max_size,
+            max_kl=section.max_kl,
             widths=section.widths,
             ignore=section.ignore,
             seed=section.seed,
@@ -117,10 +126,17 @@ def run_job(
             restart=restart,
         ) as draft:
             folder = draft.result
-            quantization = quantize(source, folder, options, progress, draft.work)
-            evaluation = None
+            judge = None
             if recipe.evaluate is not None and text is not None:
-                evaluation = _judge(folder, source, text, recipe.evaluate, progress)
+                judge = _judge(source, text, recipe.evaluate, progress)
+            evaluation: Evaluation | None
+            if options.max_kl is not None and judge is not None:
+                quantization, evaluation = quantize_within(
+                    source, folder, options, judge, progress, draft.work
+                )
+            else:
+                quantization = quantize(source, folder, options, progress, draft.work)
+                evaluation = None if judge is None else judge(folder)
             report = _report(job, quantization, evaluation)
             if report.failed_gates:
                 raise _GateFailed(report)
@@ -131,14 +147,18 @@ def run_job(
 
 
 def _judge(
-    folder: Path,
     source: Checkpoint,
     text: str,
     section: EvaluateSection,
     progress: Callable[[Progress], None],
-) -> Evaluation:
-    model = Checkpoint(folder)
-    return evaluate(model, source, text, section.windows, section.seq_len, progress)
+) -> Callable[[Path], Evaluation]:
+    """What compares the checkpoint in a folder with the float model."""
+
+    def judge(folder: Path) -> Evaluation:
+        model = Checkpoint(folder)
+        return evaluate(model, source, text, section.windows, section.seq_len, progress)
+
+    return judge
 
 
 def _report(
@@ -152,6 +172,14 @@ def _report(
         published=True,
         quantization=quantization,
         evaluation=evaluation,
-        gates=check_gates(job.recipe.gates, evaluation, num_bytes),
+        gates=check_gates(_gates(job.recipe), evaluation, num_bytes),
         seconds=0.0,
     )
+
+
+def _gates(recipe: Recipe) -> GatesSection:
+    """The gates, the limit that quantization works towards among them."""
+    limit = recipe.quantize.max_kl
+    if limit is None or recipe.gates.max_kl is not None:
+        return recipe.gates
+    return recipe.gates.model_copy(update={"max_kl": limit})

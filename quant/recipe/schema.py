@@ -90,6 +90,9 @@ class QuantizeSection(Section):
     max_size: Size | None = Field(
         default=None, description="Size of the weight files: 120MB, 4.5GB, bytes; likewise."
     )
+    max_kl: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="While the KL is above, the worst layers get more; a gate too."
+    )
     widths: tuple[int, ...] = Field(
         default=(), description="Bits to choose from under a limit; all that the format holds."
     )
@@ -178,7 +181,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _gates_have_figures(self) -> Recipe:
-        if self.gates.need_evaluation and self.evaluate is None:
+        needs_figures = self.gates.need_evaluation or self.quantize.max_kl is not None
+        if needs_figures and self.evaluate is None:
             raise ValueError("gates on quality need an `evaluate` section: `evaluate: {}` will do")
         return self
 

@@ -132,6 +132,22 @@ def test_bits_are_chosen_for_a_size(
     assert sum(path.stat().st_size for path in out.glob("*.safetensors")) <= 175_000
 
 
+def test_a_limit_on_the_divergence_is_kept_or_nothing_is_written(
+    tiny_llama: Path, out: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    text = tmp_path / "calibration.txt"
+    text.write_text("The harbour wakes before the town does. " * 40)
+    command = ("quantize", tiny_llama, "--method", "hqq", "-o", out, "--calibration", text, *FEW)
+    refused = qserve(*command, "--max-kl", "1e-12")
+    assert refused.code == ExitCode.GATE
+    assert re.search(r"the KL from the float model is 0\.\d+, above 1e-12", refused.error)
+    assert list(out.parent.iterdir()) == []
+    done = qserve(*command, "--max-kl", "9", "--json")
+    assert done.code == ExitCode.OK
+    summary = json.loads(done.out)
+    assert 0 < summary["kl"] < 9 and summary["retries"] == []
+
+
 def test_force_replaces_an_older_result(
     tiny_llama: Path, out: Path, qserve: Callable[..., Any]
 ) -> None:

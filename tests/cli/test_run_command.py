@@ -110,6 +110,19 @@ def test_a_recipe_may_treat_layers_differently(
     assert lock["recipe"]["quantize"]["overrides"][1]["group_size"] == 32
 
 
+def test_a_recipe_may_work_towards_a_limit_which_is_a_gate_too(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    quantize = {"method": "rtn", "group_size": 32, "max_kl": 50}
+    assert qserve("run", write_recipe(quantize=quantize, gates={})).code == ExitCode.OK
+    report = json.loads((tmp_path / "reports/r.json").read_text())
+    assert [gate["name"] for gate in report["gates"]] == ["max_kl"]
+    assert report["quantization"]["kl"] == report["evaluation"]["kl"]
+    quantize["max_kl"] = 1e-12
+    refused = qserve("run", write_recipe(quantize=quantize, gates={}), "--force")
+    assert refused.code == ExitCode.GATE
+
+
 def test_an_error_is_in_the_junit_report_too(
     write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_sizes_are_read_as_people_write_them(text: str, expected: int) -> None:
         ("quantize: {head: 8}", "quantize.head: got '8'"),
         ("quantize: {damping: 2}", "quantize.damping: got 2"),
         ("quantize: {avg_bits: 0}", "quantize.avg_bits: got 0: input should be greater than 0"),
+        ("quantize: {max_kl: 0.1}", "gates on quality need an `evaluate` section"),
         ("quantize: {max_size: tiny}", "quantize.max_size: got 'tiny': 'tiny' is no size"),
         ("quantize: {max_shard_size: big}", "'big' is no size"),
         ("quantize: {max_shard_size: 0}", "quantize.max_shard_size: got 0"),
