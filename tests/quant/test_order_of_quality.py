@@ -18,7 +18,7 @@ from qserve.quant.options import Effort, Method, QuantizeOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import ignore_progress
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 MakeLlama = Callable[..., Path]
 SEQ_LEN, NUM_WINDOWS, NUM_SAMPLES = 128, 24, 24
