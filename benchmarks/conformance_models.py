@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qserve.kernels.activations import MAX_FLOAT8, Activations
 from qserve.kernels.grouped_weight import GroupedWeight
@@ -18,6 +19,7 @@ from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.formats.registry import OutputFormat, make_writer
 from qserve.quant.formats.writer import scheme_of
 from qserve.quant.grid import LevelSet, Rounded, Zero, grid_over_all, nearest_levels
+from qserve.quant.model_files import copy_files, write_config
 
 VOCAB_SIZE = 512
 NUM_WINDOWS, WINDOW_TOKENS = 2, 64
@@ -74,7 +76,7 @@ RECIPES = {
 
 
 def write_float_model(folder: Path) -> None:
-    """A Llama of two layers from a seed: the same on every machine."""
+    """A Llama of two layers from a seed, the same on every machine, and a tokenizer for it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -89,6 +91,9 @@ def write_float_model(folder: Path) -> None:
         initializer_range=0.08,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    words = {f"t{token}": token for token in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="t0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1").save_pretrained(folder)
 
 
 def draw_tokens() -> torch.Tensor:
@@ -114,7 +119,8 @@ def write_ours(source: Checkpoint, recipe: Recipe, out: Path) -> None:
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     block = writer.config_block(schemes, [])
-    (out / "config.json").write_text(json.dumps(source.config | {"quantization_config": block}))
+    copy_files(source.folder, out)
+    write_config(out, source.config, block, dtype="float32", side_file=writer.side_file)
 
 
 def _round(weight: torch.Tensor, recipe: Recipe) -> QuantizedWeight:

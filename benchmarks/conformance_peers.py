@@ -3,14 +3,15 @@
     python conformance_peers.py JOBS TOKENS
 
 JOBS is a JSON list: a job names the tool (peer), a checkpoint folder and a file for the result; by
-a kind the tool makes the checkpoint first, from the float model in source. Nothing of qserve is
-imported here.
+a kind the tool makes the checkpoint first, from the float model in source. What a tool raises is
+written beside the result. Nothing of qserve is imported here.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from importlib import import_module
@@ -24,6 +25,15 @@ from torch import nn
 
 GROUP_SIZE = 64
 FIRST_BLOCK = "model.layers.0."
+GPTQ_KINDS: dict[str, dict[str, Any]] = {
+    "gptq, 4 bits": {"bits": 4, "desc_act": False},
+    "gptq, 8 bits": {"bits": 8, "desc_act": False},
+    "gptq, 3 bits": {"bits": 3, "desc_act": False},
+    "gptq, 2 bits": {"bits": 2, "desc_act": False},
+    "gptq, activation order": {"bits": 4, "desc_act": True},
+    "gptq, asymmetric": {"bits": 4, "desc_act": False, "sym": False},
+}
+"""Checkpoint -> how AutoGPTQ and GPTQModel make it."""
 
 
 def load_float(folder: str, **options: Any) -> Any:
@@ -60,6 +70,19 @@ def load_with_compressed_tensors(folder: str) -> Any:
     return load_float(folder, quantization_config=config)
 
 
+def load_with_auto_gptq(folder: str) -> Any:
+    """The model as AutoGPTQ loads it, with its layers in plain PyTorch, multiplying in float32."""
+    loader: Any = import_module("auto_gptq").AutoGPTQForCausalLM
+    loaded = loader.from_quantized(
+        folder,
+        device="cpu",
+        disable_exllama=True,
+        disable_exllamav2=True,
+        torch_dtype=torch.float32,
+    )
+    return loaded.model.float()
+
+
 def _keep_scales_in_half(model: Any) -> Any:
     model = model.float()
     for module in model.modules():
@@ -68,7 +91,39 @@ def _keep_scales_in_half(model: Any) -> Any:
     return model
 
 
-def make_with_bitsandbytes(kind: str, folder: str, out: str) -> Any:
+def make_with_auto_gptq(kind: str, folder: str, out: str, token_ids: torch.Tensor) -> Any:
+    """GPTQ by AutoGPTQ, kept from moving every block to a GPU and waiting for it."""
+    cuda: Any = torch.cuda
+    cuda.synchronize = lambda *_: None
+    quantizer: Any = import_module("auto_gptq.modeling._base")
+    quantizer.CUDA_0 = quantizer.CPU
+    package: Any = import_module("auto_gptq")
+    config = package.BaseQuantizeConfig(group_size=GROUP_SIZE, **GPTQ_KINDS[kind])
+    wrapper: Any = import_module("auto_gptq.modeling.llama").LlamaGPTQForCausalLM
+    float_model = transformers.LlamaForCausalLM.from_pretrained(folder)
+    model = wrapper(float_model, quantized=False, quantize_config=config)
+    model.quantize(_as_examples(token_ids), use_triton=False, cache_examples_on_gpu=False)
+    model.save_quantized(out, use_safetensors=True)
+    return load_with_auto_gptq(out)
+
+
+def make_with_gptqmodel(kind: str, folder: str, out: str, token_ids: torch.Tensor) -> Any:
+    """GPTQ by GPTQModel."""
+    package: Any = import_module("gptqmodel")
+    config = package.QuantizeConfig(group_size=GROUP_SIZE, **GPTQ_KINDS[kind])
+    model = package.GPTQModel.load(folder, config, device="cpu", dtype=torch.float32)
+    model.quantize(_as_examples(token_ids), batch_size=1)
+    model.save(out)
+    return load_with_gptqmodel(out)
+
+
+def _as_examples(token_ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    return [
+        {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in token_ids
+    ]
+
+
+def make_with_bitsandbytes(kind: str, folder: str, out: str, token_ids: torch.Tensor) -> Any:
     """nf4, fp4 (double quantization) or int8, as transformers quantizes while it loads."""
     options: dict[str, Any] = {"load_in_8bit": True}
     if kind != "int8":
@@ -83,7 +138,7 @@ def make_with_bitsandbytes(kind: str, folder: str, out: str) -> Any:
     return model
 
 
-def make_with_autoawq(kind: str, folder: str, out: str) -> Any:
+def make_with_autoawq(kind: str, folder: str, out: str, token_ids: torch.Tensor) -> Any:
     """AWQ's layers as AutoAWQ packs them, their range from the least to the greatest weight."""
     linear: Any = import_module(f"awq.modules.linear.{kind}")
     packer = {"gemm": "WQLinear_GEMM", "gemv": "WQLinear_GEMV"}[kind]
@@ -117,7 +172,7 @@ def make_with_autoawq(kind: str, folder: str, out: str) -> Any:
     return model.float()
 
 
-def make_with_compressed_tensors(kind: str, folder: str, out: str) -> Any:
+def make_with_compressed_tensors(kind: str, folder: str, out: str, token_ids: torch.Tensor) -> Any:
     """int4 in words, int8 or float8 beside token-wise activations; ranges by its own helper."""
     quantization: Any = import_module("compressed_tensors.quantization")
     helpers: Any = import_module("compressed_tensors.quantization.utils")
@@ -160,6 +215,8 @@ def _unpack(module: Any) -> torch.Tensor | None:
     if kind == "WQLinear_GEMM":
         unpack = import_module("awq.utils.packing_utils").dequantize_gemm
         found = unpack(module.qweight, module.qzeros, module.scales.float(), 4, module.group_size).T
+    elif hasattr(module, "autogptq_cuda_available"):
+        found = module(torch.eye(module.infeatures)).T
     elif hasattr(module, "dequantize_weight"):  # GPTQModel's layers
         found = module.dequantize_weight().T
     elif kind == "Linear4bit":
@@ -178,32 +235,49 @@ def _unpack(module: Any) -> torch.Tensor | None:
 LOADERS: dict[str, Callable[[str], Any]] = {
     "gptqmodel": load_with_gptqmodel,
     "autoawq": load_with_autoawq,
+    "auto-gptq": load_with_auto_gptq,
     "compressed-tensors": load_with_compressed_tensors,
     "bitsandbytes": load_float,
 }
-MAKERS: dict[str, Callable[[str, str, str], Any]] = {
+MAKERS: dict[str, Callable[[str, str, str, torch.Tensor], Any]] = {
     "autoawq": make_with_autoawq,
+    "gptqmodel": make_with_gptqmodel,
+    "auto-gptq": make_with_auto_gptq,
     "compressed-tensors": make_with_compressed_tensors,
     "bitsandbytes": make_with_bitsandbytes,
 }
 
 
+def compute(job: dict[str, str], token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``logits`` float32 ``[S, T, vocab]`` and the first block's weights, as one tool has them.
+
+    vLLM: ``log_probabilities`` alone.
+    """
+    if job["peer"] == "vllm":
+        found: torch.Tensor = import_module("conformance_vllm").compute(job["folder"], token_ids)
+        return {"log_probabilities": found}
+    if job["kind"]:
+        model = MAKERS[job["peer"]](job["kind"], job["source"], job["folder"], token_ids)
+    else:
+        model = LOADERS[job["peer"]](job["folder"])
+    tensors = {name: tensor.clone() for name, tensor in first_weights(model).items()}
+    with torch.inference_mode():  # afterwards, since bitsandbytes repacks what it runs
+        parts = [model.eval()(ids[None], use_cache=False).logits for ids in token_ids]
+    return tensors | {"logits": torch.cat(parts).float().contiguous()}
+
+
 def main(jobs: str, tokens: str) -> None:
-    """For each job write ``logits`` float32 ``[S, T, vocab]`` and the first block's weights."""
+    """For each job write what the tool computed, or in a file beside it what it raised."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     token_ids = load_file(Path(tokens))["token_ids"]
     for job in json.loads(Path(jobs).read_text()):
-        make, load = MAKERS.get(job["peer"]), LOADERS[job["peer"]]
-        if job["kind"] and make is not None:
-            model = make(job["kind"], job["source"], job["folder"])
-        else:
-            model = load(job["folder"])
-        found = {name: tensor.clone() for name, tensor in first_weights(model).items()}
-        with torch.inference_mode():  # afterwards, since bitsandbytes repacks what it runs
-            parts = [model.eval()(ids[None], use_cache=False).logits for ids in token_ids]
-        found["logits"] = torch.cat(parts).float().contiguous()
-        save_file(found, Path(job["result"]))
+        result = Path(job["result"])
+        try:
+            save_file(compute(job, token_ids), result)
+        except Exception as error:  # whatever a tool raises is its answer
+            traceback.print_exc()
+            result.with_suffix(".cause").write_text(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

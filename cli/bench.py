@@ -12,6 +12,7 @@ import click
 from qserve.cli.console import print_table, progress
 from qserve.cli.engine_options import engine_options, find_folder, read_engine_options
 from qserve.cli.quantities import format_bytes
+from qserve.cli.threads import threads_option
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ def describe(figures: EngineFigures) -> dict[str, str]:
 @command.command()
 @click.option("--op", "ops", multiple=True, help="Only this op; may be repeated.")
 @click.option("--shape", default="", help="Only shapes whose description contains this.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@threads_option
 @click.option("--isa", help="Instruction set of the native kernels. Default: the best there is.")
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="Default: a GPU if there is one."

@@ -12,6 +12,7 @@ import click
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, progress, say
 from qserve.cli.termination import terminated_like_interrupted
+from qserve.cli.threads import threads_option, use_threads
 
 if TYPE_CHECKING:
     from qserve.quant.conversion import ConversionReport
@@ -25,10 +26,17 @@ TARGETS = ("awq", "gptq", "gptq-v2", "compressed-tensors", "bitsandbytes", "bf16
 @click.option("--to", "target", required=True, type=click.Choice(TARGETS), help="The format.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--dry-run", is_flag=True, help="Say what would change, and write nothing.")
+@threads_option
 @click.option("--force", is_flag=True, help="Replace a model folder that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def command(
-    model: str, target: str, output: Path | None, dry_run: bool, force: bool, as_json: bool
+    model: str,
+    target: str,
+    output: Path | None,
+    dry_run: bool,
+    threads: int | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write the quantized MODEL in another format, or dequantized.
 
@@ -38,6 +46,7 @@ def command(
     """
     if (output is None) is not dry_run:
         raise click.UsageError("give --output, or --dry-run to write nothing")
+    use_threads(threads)
     with terminated_like_interrupted():
         _convert(model, target, output, force, as_json)
 

@@ -11,6 +11,7 @@ import click
 
 from qserve.cli.cache import WEIGHT_CACHE_VARIABLE, cache_folder, weight_cache_folder
 from qserve.cli.console import say
+from qserve.cli.threads import threads_option
 
 AUTO = "auto"
 KV_CACHE_DTYPES = {  # our names and vLLM's, to those of KvFormat
@@ -31,7 +32,7 @@ KV_CACHE_DTYPES = {  # our names and vLLM's, to those of KvFormat
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 OPTIONS = (
-    click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores."),
+    threads_option,
     click.option(
         "--activations",
         default="auto",

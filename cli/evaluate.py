@@ -14,6 +14,7 @@ import click
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, progress, say
 from qserve.cli.quantities import format_seconds
+from qserve.cli.threads import threads_option, use_threads
 
 if TYPE_CHECKING:
     from qserve.quant.evaluate import Evaluation
@@ -37,7 +38,7 @@ PERCENT = 100
 @click.option(
     "--seq-len", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window."
 )
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def command(model: str, as_json: bool, **options: Any) -> None:
     """Measure the perplexity of MODEL, and with --against how far it is from BASE.
@@ -55,14 +56,12 @@ def command(model: str, as_json: bool, **options: Any) -> None:
 
 def _evaluate(model: str, options: dict[str, Any]) -> Evaluation:
     # Imported here so that a wrong option or `--help` is answered before torch has loaded.
-    import torch
 
     from qserve.quant.evaluate import evaluate
     from qserve.quant.source import resolve_model
     from qserve.quant.windows import python_topics, read_text
 
-    if options["threads"]:
-        torch.set_num_threads(options["threads"])
+    use_threads(options["threads"])
     text = read_text(options["text"]) if options["text"] else python_topics()
     cache = cache_folder(os.environ)
     judged = resolve_model(model, cache=cache, notice=say)

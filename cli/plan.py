@@ -16,6 +16,7 @@ from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
 from qserve.cli.quantities import format_bytes, format_seconds
 from qserve.cli.quantize_options import quantize_options, read_options
+from qserve.cli.threads import threads_option, use_threads
 
 if TYPE_CHECKING:
     from qserve.quant.estimate import Estimate
@@ -30,7 +31,7 @@ BESIDE_A_RECIPE = ("model", "recipe", "output", "threads", "as_json")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Plan what this recipe asks for.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Check this folder too.")
 @quantize_options
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.pass_context
 def command(
@@ -67,15 +68,13 @@ def _estimate(
     model: str | None, recipe: Path | None, output: Path | None, choices: dict[str, Any]
 ) -> Estimate:
     # Imported here so that a wrong option or `--help` is answered before torch has loaded.
-    import torch
 
     from qserve.quant.decoder import Decoder
     from qserve.quant.estimate import estimate
     from qserve.quant.output import check_output
     from qserve.quant.source import resolve_model
 
-    if choices["threads"]:
-        torch.set_num_threads(choices["threads"])
+    use_threads(choices["threads"])
     options, planned = _read(recipe, choices) if recipe is not None else (None, None)
     options = options or read_options(choices)
     if options.is_limited:

@@ -17,6 +17,7 @@ from qserve.cli.quantize_options import quantize_options, read_options
 from qserve.cli.resumption import telling_what_is_kept
 from qserve.cli.smoke import try_quantization
 from qserve.cli.termination import terminated_like_interrupted
+from qserve.cli.threads import threads_option, use_threads
 
 JUDGING_WINDOWS = 16, 256
 """Windows of the text that ``--max-kl`` judges on, and their tokens."""
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     help="Folder to write. Needed but for --smoke.",
 )
 @quantize_options
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@threads_option
 @click.option(
     "--smoke", is_flag=True, help="Try one block, saved, read and run, and write nothing else."
 )
@@ -69,7 +70,6 @@ def command(model: str, output: Path | None, smoke: bool, **options: Any) -> Non
 
 def _quantize(model: str, output: Path, choices: dict[str, Any]) -> QuantizationReport:
     # Imported here so that a wrong option or `--help` is answered before torch has loaded.
-    import torch
 
     from qserve.quant.decoder import Decoder
     from qserve.quant.errors import CheckpointError
@@ -84,8 +84,7 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
     force, restart = choices["force"], choices["restart"]
     read = [path for path in (Path(model), options.calibration) if isinstance(path, Path)]
     check_output(output, force, protect=[path for path in read if path.exists()])
-    if choices["threads"]:
-        torch.set_num_threads(choices["threads"])
+    use_threads(choices["threads"])
     source = resolve_model(model, cache=cache_folder(os.environ), notice=say)
     if source.method is not None:
         raise CheckpointError(

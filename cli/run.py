@@ -15,6 +15,7 @@ from qserve.cli.errors import ExitCode
 from qserve.cli.quantities import format_seconds
 from qserve.cli.resumption import telling_what_is_kept
 from qserve.cli.termination import terminated_like_interrupted
+from qserve.cli.threads import threads_option, use_threads
 
 if TYPE_CHECKING:
     from qserve.quant.recipe.report import RecipeReport
@@ -30,7 +31,7 @@ PERCENT = 100
 @click.option("-o", "--output", help="Write to this folder instead of the recipe's.")
 @click.option("--force", is_flag=True, help="Replace a model folder that is already there.")
 @click.option("--restart", is_flag=True, help="Begin anew instead of going on with a stopped run.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: all cores.")
+@threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def command(
     recipe: Path,
@@ -81,15 +82,13 @@ def _read_job(recipe: Path, model: str | None, output: str | None, force: bool) 
 
 
 def _run(job: Job, threads: int | None, restart: bool) -> RecipeReport:
-    import torch
 
     from qserve.quant.output import check_output
     from qserve.quant.recipe.running import run_job
     from qserve.quant.run_state import run_key
     from qserve.quant.source import resolve_model
 
-    if threads:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     check_output(job.output, job.recipe.output.overwrite)
     source = resolve_model(job.model, cache=cache_folder(os.environ), notice=say)
     key = run_key(source, job.options())

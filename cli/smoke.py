@@ -14,6 +14,7 @@ import click
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
 from qserve.cli.quantize_options import read_options
+from qserve.cli.threads import use_threads
 
 if TYPE_CHECKING:
     from qserve.quant.smoke import Smoke
@@ -22,14 +23,12 @@ if TYPE_CHECKING:
 def try_quantization(model: str, choices: dict[str, Any]) -> None:
     """Quantize one block of a model, save it, read it, run it, and print what was compared."""
     # Imported here so that a wrong option or `--help` is answered before torch has loaded.
-    import torch
 
     from qserve.quant.smoke import try_block
     from qserve.quant.source import resolve_model
 
     options = read_options(choices)
-    if choices["threads"]:
-        torch.set_num_threads(choices["threads"])
+    use_threads(choices["threads"])
     source = resolve_model(model, cache=cache_folder(os.environ), notice=say)
     with TemporaryDirectory(prefix="qserve-smoke-") as folder:
         found = try_block(source, options, Path(folder))

@@ -37,7 +37,7 @@ from qserve.quant.methods import Profile
 from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.plan import Plan
 from qserve.quant.published import PublishedScaleSearch
-from qserve.quant.report import LayerReport, ScaleReport
+from qserve.quant.report import LayerReport, ScaleReport, relative_error
 from qserve.quant.scaling import ScaleChoice, ScaleSearch
 from qserve.quant.smoothing import SmoothSearch
 from qserve.quant.steps import Rounding, Steps, Transform
@@ -242,8 +242,8 @@ class CalibratedQuantizer:
                     bits=levels.bits,
                     group_size=group_size,
                     reason=spec.reason,
-                    rounded_error=float(baseline[rows].sum()) / energy,
-                    error=float(errors[rows].sum()) / energy,
+                    rounded_error=relative_error(float(baseline[rows].sum()), energy),
+                    error=relative_error(float(errors[rows].sum()), energy),
                     clipped_share=float(clipped[rows].float().mean()),
                     scale=None if choice is None else _scale_report(choice),
                     rounding=steps.rounding.value,

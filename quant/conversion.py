@@ -76,7 +76,8 @@ class ConversionReport:
     def error(self) -> float:
         """Of all quantized weights together, relative to their norm."""
         energy = sum(layer.energy for layer in self.layers)
-        return math.sqrt(sum(layer.squared_error for layer in self.layers) / energy)
+        error = sum(layer.squared_error for layer in self.layers)
+        return math.sqrt(error / energy) if energy else 0.0
 
 
 class Conversion:

@@ -28,7 +28,7 @@ from qserve.quant.architecture import (
 )
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.storage import in_pieces
+from qserve.quant.soundness import check, check_block_count, check_sizes, checked
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -333,6 +333,7 @@ class Decoder:
             expected[HEAD] = table
         for name, shape in expected.items():
             check(self.checkpoint.tensor(name), name, shape)
+        check_block_count(self.checkpoint, self.num_blocks)
 
     def final_norm(self) -> nn.Module:
         """The norm before the head, float32."""
@@ -354,28 +355,6 @@ class Decoder:
         )
 
 
-def checked(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> torch.Tensor:
-    """A copy of the tensor in float32: what is read may be the mapped file itself.
-
-    Raises ``CheckpointError`` for a wrong shape, infinity or NaN.
-    """
-    check(value, name, shape)
-    return value.to(torch.float32, copy=True)
-
-
-def check(value: torch.Tensor, name: str, shape: tuple[int, ...] | None) -> None:
-    """Raise ``CheckpointError`` for a shape other than ``shape``, infinity or NaN."""
-    if shape is not None and tuple(value.shape) != shape:
-        raise CheckpointError(
-            f"{name} has shape {tuple(value.shape)}, config.json implies {shape}: "
-            "they are of different models"
-        )
-    if not all(bool(torch.isfinite(piece).all()) for piece in in_pieces(value)):
-        raise CheckpointError(
-            f"{name} holds infinite or NaN values: the checkpoint is damaged, fetch it again"
-        )
-
-
 def _configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
@@ -385,5 +364,6 @@ def _configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CheckpointError(
             f"{checkpoint.folder / 'config.json'} is not a usable configuration: {error}"
         ) from None
+    check_sizes(config, str(checkpoint.folder))
     config._attn_implementation = attention_implementation(config)
     return config

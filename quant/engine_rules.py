@@ -1,7 +1,8 @@
 """Which engines load a checkpoint, by rules read in the source of one version of each.
 
 A rule is a fact about one version: when an engine is read again, its version and its rules change
-together.
+together. vLLM's were read in ``layers/quantization`` of 0.33.0; 0.32.0, which reads these formats
+alike, is run against them by `make conformance`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from qserve.quant.formats.layer_format import HEAD, PackedLayer
 
 VERSIONS = {"vllm": "0.33.0", "transformers": "5.23.0", "sglang": "by the rules of vLLM 0.33.0"}
 MARLIN_GROUPS = (-1, 32, 64, 128)
+AWQ_KEYS = ({"bits", "w_bit"}, {"group_size", "q_group_size"}, {"zero_point"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +85,17 @@ class Facts:
     @property
     def has_asymmetric_groups(self) -> bool:
         """Whether a group of compressed-tensors states zero points."""
+        return any(weights.get("symmetric") is False for weights in self._compressed_groups)
+
+    @property
+    def orders_groups(self) -> bool:
+        """Whether a group of compressed-tensors was formed of inputs in another order."""
+        return any(w.get("actorder") in (True, "group", "dynamic") for w in self._compressed_groups)
+
+    @property
+    def _compressed_groups(self) -> list[Mapping[str, Any]]:
         groups = self.block.get("config_groups") or {}
-        return any(
-            (group.get("weights") or {}).get("symmetric") is False for group in groups.values()
-        )
+        return [group.get("weights") or {} for group in groups.values()]
 
 
 VLLM = ("vllm", "sglang")
@@ -108,6 +117,21 @@ RULES = (
         VLLM,
         "GPTQ of 4 and 8 bits is read, no other width",
         lambda f: f.method == "gptq" and not f.bits <= {4, 8},
+    ),
+    Rule(
+        VLLM,
+        "GPTQ wants groups of 32, 64 or 128, or one a row",
+        lambda f: f.method == "gptq" and not f.group_sizes <= set(MARLIN_GROUPS),
+    ),
+    Rule(
+        VLLM,
+        "AWQ wants bits, group_size and zero_point in its block",
+        lambda f: f.method == "awq" and any(not names & set(f.block) for names in AWQ_KEYS),
+    ),
+    Rule(
+        VLLM,
+        "inputs ordered by activation are refused (actorder group)",
+        lambda f: f.method == "compressed-tensors" and f.orders_groups,
     ),
     Rule(
         VLLM,

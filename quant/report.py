@@ -25,6 +25,11 @@ class ScaleReport:
     largest: float
 
 
+def relative_error(error: float, energy: float) -> float:
+    """Squared error over squared norm; 0.0 for a layer of zeros, which is stored as it is."""
+    return error / energy if energy else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One quantized linear layer.

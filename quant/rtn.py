@@ -13,7 +13,7 @@ from qserve.quant.decoder import Block
 from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.grid import ChooseGrid, Rounded, grid_over_all, nearest_levels
 from qserve.quant.plan import Plan
-from qserve.quant.report import LayerReport
+from qserve.quant.report import LayerReport, relative_error
 from qserve.quant.steps import Rounding
 
 
@@ -33,9 +33,9 @@ def quantize_block(
             grid = choose_grid(groups, spec.levels).settled()
             rounded = Rounded(nearest_levels(groups, grid), grid)
             weights[name] = rounded.pack()
-            energy = weight.square().sum(dtype=torch.float64)
+            energy = float(weight.square().sum(dtype=torch.float64))
             difference = rounded.values().sub_(weight)
-            error = float(difference.square().sum(dtype=torch.float64) / energy)
+            error = relative_error(float(difference.square().sum(dtype=torch.float64)), energy)
             layers.append(
                 LayerReport(
                     name=block.full_name(name),

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from qserve.cli import quantize
 from qserve.cli.errors import ExitCode
+from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant import source
+from qserve.quant.formats.checkpoint import Checkpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -73,6 +75,33 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def change_type(name: str, dtype: torch.dtype) -> Damage:
+    """Store a tensor in another type."""
+    return lambda folder: change_tensors(
+        folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+    )
+
+
+def split(folder: Path, *, loses: bool = False) -> None:
+    """Two shards and their index; the second may lack a tensor that the index places there."""
+    tensors = load_file(folder / WEIGHTS)
+    names = list(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    weight_map = {name: file for file, half in halves.items() for name in half}
+    for file, half in halves.items():
+        kept = half[1:] if loses and file == "b.safetensors" else half
+        save_file({name: tensors[name] for name in kept}, folder / file, {"format": "pt"})
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def cut_shard(folder: Path) -> None:
+    """One of two shards ends early."""
+    split(folder)
+    truncate(folder / "b.safetensors")
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
 AWQ_BLOCK = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 MODELS: dict[str, tuple[Damage, str]] = {
     "gone": (shutil.rmtree, "does not exist"),
@@ -89,12 +118,6 @@ MODELS: dict[str, tuple[Damage, str]] = {
     "T5": (
         lambda f: configure(f, architectures=["T5ForConditionalGeneration"], model_type="t5"),
         "is a T5ForConditionalGeneration",
-    ),
-    "sliding window": (
-        lambda f: configure(
-            f, architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=64
-        ),
-        r"sliding-window attention \(64 tokens\)",
     ),
     "GPTQ": (
         lambda f: configure(f, quantization_config={"quant_method": "gptq"}),
@@ -121,6 +144,63 @@ MODELS: dict[str, tuple[Damage, str]] = {
         lambda f: configure(f, intermediate_size=96),
         r"config.json implies \(96, 64\)",
     ),
+    "infinity in a layer": (
+        lambda f: change_tensors(f, lambda t: t[LAYER][0, :1].fill_(float("inf"))),
+        "mlp.up_proj.weight holds infinite",
+    ),
+    "integers in a layer": (change_type(LAYER, torch.int64), "up_proj.weight holds int64"),
+    "bytes in a layer": (change_type(LAYER, torch.int8), "up_proj.weight holds int8"),
+    "float8 in a layer": (change_type(LAYER, torch.float8_e4m3fn), "holds float8_e4m3fn"),
+    "truth values in a norm": (change_type("model.norm.weight", torch.bool), "holds bool"),
+    "integers in the embedding": (
+        change_type("model.embed_tokens.weight", torch.int32),
+        "embed_tokens.weight holds int32",
+    ),
+    "layer without dimensions": (
+        lambda f: change_tensors(f, lambda t: t.update({LAYER: torch.ones(())})),
+        r"up_proj.weight has shape \(\)",
+    ),
+    "missing norm": (
+        lambda f: change_tensors(f, lambda t: t.pop("model.layers.0.input_layernorm.weight")),
+        "no tensor model.layers.0.input_layernorm.weight",
+    ),
+    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "is empty"),
+    "cut shard": (cut_shard, "b.safetensors is not a whole safetensors file"),
+    "shard that lacks a tensor": (lambda f: split(f, loses=True), "and it does not"),
+    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
+    "index is a list": (lambda f: (f / INDEX).write_text("[]"), "holds list"),
+    "index without a map": (lambda f: (f / INDEX).write_text("{}"), "no weight_map"),
+    "index that leads outside": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../a.safetensors"}}'),
+        "expected the name of a file in the same folder",
+    ),
+    "blocks that are not there": (
+        lambda f: configure(f, num_hidden_layers=5),
+        "no tensor model.layers.2",
+    ),
+    "blocks too many": (
+        lambda f: configure(f, num_hidden_layers=1),
+        "holds model.layers.1.*num_hidden_layers 1",
+    ),
+    "no blocks": (lambda f: configure(f, num_hidden_layers=0), "num_hidden_layers 0, expected 1"),
+    "less than no heads": (lambda f: configure(f, num_attention_heads=-4), "heads -4, expected 1"),
+    "other vocabulary": (
+        lambda f: configure(f, vocab_size=100),
+        r"config.json implies \(100, 64\)",
+    ),
+    "rotary type": (
+        lambda f: configure(f, rope_scaling={"rope_type": "bogus", "factor": 2.0}),
+        "rotary embeddings of type 'bogus'",
+    ),
+    "quantization is a list": (lambda f: configure(f, quantization_config=[]), "holds list"),
+    "quantization of no known method": (
+        lambda f: configure(f, quantization_config={"quant_method": "mystery"}),
+        "quantized with 'mystery'",
+    ),
+    "tokenizer is not JSON": (
+        lambda f: (f / "tokenizer.json").write_text("{"),
+        "no usable tokenizer",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no usable tokenizer"),
 }
 
@@ -130,11 +210,37 @@ def test_model_that_cannot_be_quantized_is_refused(
     damage: Damage, message: str, model: Path, out: Path, qserve: Callable[..., Any]
 ) -> None:
     damage(model)
-    method = "--awq" if "tokenizer" in message else "--rtn"
+    method = "--awq" if "tokenizer" in message else "--rtn"  # which reads no text
     done = qserve("quantize", model, method, "-o", out)
     assert done.code == ExitCode.MODEL
     assert re.search(message, done.error), done.error
     assert list(out.parent.iterdir()) == []
+
+
+DEAD: dict[str, Damage] = {
+    "an input": lambda f: change_tensors(f, lambda t: t[LAYER][:, 3].zero_()),
+    "outputs": lambda f: change_tensors(f, lambda t: t[LAYER][3:9].zero_()),
+    "a layer": lambda f: change_tensors(f, lambda t: t[LAYER].zero_()),
+    "a norm": lambda f: change_tensors(
+        f, lambda t: t["model.layers.1.post_attention_layernorm.weight"].zero_()
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [("--rtn",), ("--awq", "--samples", "2", "--seq-len", "16")])
+@pytest.mark.parametrize("damage", DEAD.values(), ids=DEAD)
+def test_dead_channels_are_stored_as_zeros(
+    damage: Damage, method: tuple[str, ...], model: Path, out: Path, qserve: Callable[..., Any]
+) -> None:
+    damage(model)
+    assert qserve("quantize", model, *method, "-o", out).code == ExitCode.OK
+    dead = load_file(model / WEIGHTS)[LAYER] == 0
+    weight = Checkpoint(out).linear(LAYER.removesuffix(".weight"))
+    assert isinstance(weight, GroupedWeight)
+    found = weight.dequantize()
+    assert bool(torch.isfinite(found).all())
+    assert not found[:, dead.all(0)].any()
+    assert not found[dead.all(1)].any()
 
 
 @pytest.mark.parametrize("command", ["quantize", "eval", "inspect"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qserve.cli import convert
 from qserve.cli.errors import ExitCode
@@ -62,6 +63,16 @@ def test_what_makes_no_sense_is_refused(
     assert done.code == code
     assert message in done.error
     assert not (tmp_path / "x").exists()
+
+
+def test_threads_are_set(
+    rtn_llama: Path, monkeypatch: pytest.MonkeyPatch, qserve: Callable[..., Any]
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    done = qserve("convert", rtn_llama, "--to", "bf16", "--dry-run", "--threads", "3")
+    assert done.code == ExitCode.OK
+    assert found == [3]
 
 
 def test_the_model_is_not_overwritten(rtn_llama: Path, qserve: Callable[..., Any]) -> None:

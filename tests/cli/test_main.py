@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import resource
 import subprocess
 import sys
@@ -73,6 +74,18 @@ def test_every_command_has_a_line_in_the_help(capsys: pytest.CaptureFixture[str]
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([name, "--help"]) == ExitCode.OK
     assert f"Usage: qserve {name}" in capsys.readouterr().out
+
+
+def test_threads_are_stated_alike_by_every_command_that_computes() -> None:
+    stated = {}
+    for name, (module, _) in COMMANDS.items():
+        command = importlib.import_module(module).command
+        commands = command.commands.values() if isinstance(command, click.Group) else [command]
+        for option in (option for one in commands for option in one.params):
+            if option.name == "threads":
+                stated[name] = (option.opts, option.help, option.default, repr(option.type))
+    assert stated.keys() == {"quantize", "plan", "eval", "run", "convert", "serve", "bench"}
+    assert len({str(one) for one in stated.values()}) == 1
 
 
 def test_the_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:

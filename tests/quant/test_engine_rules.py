@@ -44,6 +44,20 @@ def write(
 AWQ, GPTQ, V2 = OutputFormat.AWQ, OutputFormat.GPTQ, OutputFormat.GPTQ_V2
 PACKED, BNB = OutputFormat.COMPRESSED_TENSORS, OutputFormat.BITSANDBYTES
 
+ORDERED = {
+    "group_0": {
+        "targets": ["Linear"],
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": 32,
+            "actorder": "group",
+        },
+    }
+}
+
 
 @pytest.mark.parametrize(
     ("engine", "arguments", "refusals", "notes"),
@@ -52,6 +66,7 @@ PACKED, BNB = OutputFormat.COMPRESSED_TENSORS, OutputFormat.BITSANDBYTES
         ("vllm", (AWQ, 4, 16), ["groups of 32, 64 or 128"], []),
         ("vllm", (GPTQ,), [], []),
         ("vllm", (GPTQ, 8, 128), [], []),
+        ("vllm", (GPTQ, 4, 16), ["GPTQ wants groups of 32, 64"], []),
         ("vllm", (GPTQ, 3), ["4 and 8 bits"], []),
         ("vllm", (PACKED,), [], []),
         ("vllm", (PACKED, 3), [], ["3-bit words"]),
@@ -78,6 +93,8 @@ def test_rules_apply_to_what_they_are_about(
         (GPTQ, {"desc_act": True}, "desc_act true"),
         (V2, {"symmetric": False}, "sym false"),
         (GPTQ, {"sym": ...}, "wants bits, group_size"),
+        (AWQ, {"zero_point": ...}, "AWQ wants bits, group_size and zero_point"),
+        (PACKED, {"config_groups": ORDERED}, "ordered by activation"),
         (PACKED, {"kv_cache_scheme": {"type": "int"}}, "key-value scales"),
     ],
 )
