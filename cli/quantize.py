@@ -171,11 +171,24 @@ def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
         ("quantized layers", f"{len(report.layers)}, {_groups(report.group_size)}{differing}"),
         ("layers left in 16 bits", len(report.skipped)),
         *([] if report.tuning is None else [("tuning", str(report.tuning))]),
+        ("calibration", _describe_text(report)),
         ("time", format_seconds(report.seconds)),
         ("peak memory", format_bytes(report.peak_memory_bytes)),
         ("report", summary["report"]),
     ]
     print_table(f"{report.method.upper()}, {report.bits} bits", ("", ""), rows)
+
+
+def _describe_text(report: QuantizationReport) -> str:
+    """What was read, and how much of the text and of the vocabulary that is."""
+    found = report.calibration
+    if found is None:
+        return "no text was read"
+    tokens = found.num_windows * found.seq_len
+    return (
+        f"{found.source}: {found.num_windows} windows, {tokens:,} of {found.num_text_tokens:,} "
+        f"tokens, {found.num_documents} documents, {found.num_distinct_tokens:,} different tokens"
+    )
 
 
 def _groups(group_size: int) -> str:

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from qserve.quant.calibration_text import texts
 from qserve.quant.decoder import Decoder
+from qserve.quant.documents import read_documents
 from qserve.quant.errors import CalibrationError
 from qserve.quant.options import CalibrationSource, QuantizeOptions
 from qserve.quant.report import CalibrationReport
 from qserve.quant.silence import silenced
-from qserve.quant.windows import read_text, spread_windows, tokenize
+from qserve.quant.windows import spread_windows, tokenize
 
 SEQUENCES_AT_ONCE = 16
 """Self-generated windows written in one batch."""
@@ -63,13 +64,15 @@ def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibratio
     if options.calibration is CalibrationSource.SELF:
         return _generate(decoder, options)
     if isinstance(options.calibration, Path):
-        name, text = options.calibration.name, read_text(options.calibration)
+        name = options.calibration.name
+        documents = read_documents(options.calibration, decoder.checkpoint.folder)
     else:
-        name, text = options.calibration.value, "\n\n".join(texts())
+        name, documents = options.calibration.value, list(texts())
+    text = "\n\n".join(documents)
     ids = tokenize(decoder.checkpoint.folder, text)
     windows = spread_windows(ids, options.num_samples, options.seq_len)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return _calibration(windows, options, name, digest, len(ids))
+    return _calibration(windows, options, name, digest, len(ids), len(documents))
 
 
 def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
@@ -101,11 +104,16 @@ def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
     token_ids = torch.cat(batches)
     digest = hashlib.sha256(token_ids.numpy().astype("<i8").tobytes()).hexdigest()
     name = CalibrationSource.SELF.value
-    return _calibration(token_ids, options, name, digest, token_ids.numel())
+    return _calibration(token_ids, options, name, digest, token_ids.numel(), len(token_ids))
 
 
 def _calibration(
-    windows: torch.Tensor, options: QuantizeOptions, source: str, sha256: str, num_tokens: int
+    windows: torch.Tensor,
+    options: QuantizeOptions,
+    source: str,
+    sha256: str,
+    num_tokens: int,
+    num_documents: int,
 ) -> Calibration:
     """Windows in which every token counts."""
     report = CalibrationReport(
@@ -115,5 +123,7 @@ def _calibration(
         num_windows=len(windows),
         num_windows_asked=options.num_samples,
         seq_len=options.seq_len,
+        num_documents=num_documents,
+        num_distinct_tokens=len(windows.unique()),
     )
     return Calibration(windows, torch.ones_like(windows, dtype=torch.bool), report)

@@ -66,6 +66,8 @@ class CalibrationReport:
     sha256: of the UTF-8 text; of the token ids (int64, little-endian) for self-generated windows.
     num_text_tokens: tokens of the whole text the windows are taken from.
     num_windows: fewer than asked for when the text is short.
+    num_documents: texts and conversations in it; windows, for self-generated ones.
+    num_distinct_tokens: entries of the vocabulary that occur in the windows.
     """
 
     source: str
@@ -74,6 +76,8 @@ class CalibrationReport:
     num_windows: int
     num_windows_asked: int
     seq_len: int
+    num_documents: int
+    num_distinct_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,16 +17,19 @@ def tokenize(folder: Path, text: str) -> list[int]:
 
     Raises ``CheckpointError`` when the folder has no usable tokenizer.
     """
+    tokenizer = load_tokenizer(folder)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``. Raises ``CheckpointError`` when it has no usable one."""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder} has no usable tokenizer ({error}): copy the model's tokenizer files there"
         ) from None
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 def spread_windows(token_ids: list[int], num_windows: int, length: int) -> torch.Tensor:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from qserve.quant.calibration_text import texts
+from qserve.quant.documents import read_documents
 from qserve.quant.errors import CalibrationError, OptionError
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import CalibrationSource, QuantizeOptions
-from qserve.quant.windows import read_text, tokenize, windows_between
+from qserve.quant.windows import tokenize, windows_between
 
 HELD_BACK_SHARE = 1 / 16
 MAX_HELD_BACK = 16
@@ -36,7 +37,7 @@ def gather_windows(model: Checkpoint, options: QuantizeOptions) -> TuningWindows
     if options.calibration is CalibrationSource.SELF:
         raise OptionError("tuning needs more text than the model writes itself: give a text file")
     if isinstance(options.calibration, Path):
-        text = read_text(options.calibration)
+        text = "\n\n".join(read_documents(options.calibration, model.folder))
     else:
         text = "\n\n".join(texts())
     ids = tokenize(model.folder, text)
