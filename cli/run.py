@@ -25,7 +25,7 @@ SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
 PERCENT = 100
 
 
-@click.command(short_help="Run a recipe: quantize, judge, gate, publish.")
+@click.command(short_help="Run a recipe: quantize, judge, gate, check, publish.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--model", help="Take this model instead of the recipe's.")
 @click.option("-o", "--output", help="Write to this folder instead of the recipe's.")
@@ -44,7 +44,8 @@ def command(
 ) -> int:
     """Run RECIPE, a YAML file (`qserve recipe init` writes one).
 
-    The exit code is 0 for a published result and 7 for a failed gate; reports are written for both.
+    The exit code is 0 for a published result and 7 for a failed gate or check; reports are
+    written for both.
     """
     from qserve.quant.errors import QuantError
     from qserve.quant.recipe.junit import render_junit_error
@@ -134,5 +135,6 @@ def _print(report: RecipeReport) -> None:
     from qserve.quant.recipe.report import headline
 
     rows = [*headline(report), *((f"gate {gate.name}", str(gate)) for gate in report.gates)]
-    verdict = report.output if report.published else "not published: a gate failed"
+    rows += [(f"check {check.name}", str(check)) for check in report.checks]
+    verdict = report.output if report.published else report.verdict
     print_table(report.recipe, ("", ""), [*rows, ("result", verdict)])

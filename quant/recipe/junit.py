@@ -1,4 +1,4 @@
-"""The report as JUnit XML: every step and every gate a test case, which CI systems list."""
+"""The report as JUnit XML: every step, gate and check a test case, which CI systems list."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ def render_junit(report: RecipeReport) -> str:
     suite = ElementTree.Element(
         "testsuite",
         name=f"qserve {report.recipe}",
-        tests=str(1 + (report.evaluation is not None) + len(report.gates)),
-        failures=str(len(report.failed_gates)),
+        tests=str(1 + (report.evaluation is not None) + len(report.gates) + len(report.checks)),
+        failures=str(len(report.failed)),
         errors="0",
         time=f"{report.seconds:.3f}",
     )
     _case(suite, "quantize", report.quantization.seconds)
     if report.evaluation is not None:
         _case(suite, "evaluate", report.evaluation.seconds)
-    for gate in report.gates:
-        case = _case(suite, f"gate {gate.name}", 0.0)
-        if not gate.passed:
-            ElementTree.SubElement(case, "failure", message=str(gate))
+    for kind, results in (("gate", report.gates), ("check", report.checks)):
+        for result in results:
+            case = _case(suite, f"{kind} {result.name}", 0.0)
+            if not result.passed:
+                ElementTree.SubElement(case, "failure", message=str(result))
     return _document(suite)
 
 

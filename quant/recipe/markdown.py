@@ -10,9 +10,13 @@ NUM_WORST_LAYERS = 5
 
 
 def render_markdown(report: RecipeReport) -> str:
-    """A heading with the verdict, the figures, the gates and the layers that lost most."""
-    verdict = "published" if report.published else "NOT published: a gate failed"
-    lines = [f"## {report.recipe}: {verdict}", "", f"`{report.model}` to `{report.output}`", ""]
+    """A heading with the verdict, figures, gates, checks and the layers that lost most."""
+    lines = [
+        f"## {report.recipe}: {report.verdict}",
+        "",
+        f"`{report.model}` to `{report.output}`",
+        "",
+    ]
     lines += _table(("", ""), headline(report))
     if report.gates:
         rows = [
@@ -25,6 +29,12 @@ def render_markdown(report: RecipeReport) -> str:
             for gate in report.gates
         ]
         lines += ["", *_table(("gate", "limit", "found", ""), rows)]
+    if report.checks:
+        checks = [
+            (one.name, one.says.replace("|", "\\|"), "passed" if one.passed else "**failed**")
+            for one in report.checks
+        ]
+        lines += ["", *_table(("check", "found", ""), checks)]
     layers = sorted(report.quantization.layers, key=lambda layer: -layer.error)[:NUM_WORST_LAYERS]
     worst = [(layer.name, f"{layer.error:.3g}", f"{layer.rounded_error:.3g}") for layer in layers]
     heading = ("layers that lost most", "relative error", "of rounding to nearest")

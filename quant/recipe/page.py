@@ -34,18 +34,18 @@ details { margin-top: 1.5rem; } summary { cursor: pointer; }
 def render_page(report: RecipeReport) -> str:
     """The whole page."""
     good = "good" if report.published else "bad"
-    verdict = "published" if report.published else "not published: a gate failed"
     layers = report.quantization.layers
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(report.recipe)}</title><style>{CSS}</style></head><body>",
-        f'<h1>{escape(report.recipe)} <span class="verdict {good}">{verdict}</span></h1>',
+        f'<h1>{escape(report.recipe)} <span class="verdict {good}">{report.verdict}</span></h1>',
         f'<p class="sub">{escape(report.model)} to {escape(report.output)}</p>',
         "<table>",
         *(f'<tr><td class="k">{escape(k)}<td>{escape(v)}' for k, v in headline(report)),
         "</table>",
         _gates(report),
+        _checks(report),
         "<h2>Output error of every layer, relative to its output</h2>",
         _layer_chart(layers),
         _block_chart(report.quantization.block_errors),
@@ -66,6 +66,17 @@ def _gates(report: RecipeReport) -> str:
     ]
     heading = '<tr><th>gate<th class="n">limit<th class="n">found<th>'
     return "\n".join(["<h2>Gates</h2><table>", heading, *rows, "</table>"])
+
+
+def _checks(report: RecipeReport) -> str:
+    if not report.checks:
+        return ""
+    rows = [
+        f"<tr><td>{escape(one.name)}<td>{escape(one.says)}"
+        f'<td class="{"good" if one.passed else "bad"}">{"passed" if one.passed else "failed"}'
+        for one in report.checks
+    ]
+    return "\n".join(["<h2>Checks</h2><table>", "<tr><th>check<th>found<th>", *rows, "</table>"])
 
 
 def _place(name: str) -> tuple[int, str]:

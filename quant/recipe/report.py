@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qserve.quant.evaluate import Evaluation
+from qserve.quant.recipe.checks import CheckResult
 from qserve.quant.recipe.gates import GateResult
 from qserve.quant.report import QuantizationReport
 
@@ -16,7 +17,7 @@ class RecipeReport:
     """One run of a recipe.
 
     recipe: its file's name. output: the folder; it holds the result if ``published``, which a
-    failed gate prevents.
+    failed gate or check prevents.
     """
 
     recipe: str
@@ -26,11 +27,18 @@ class RecipeReport:
     quantization: QuantizationReport
     evaluation: Evaluation | None
     gates: tuple[GateResult, ...]
+    checks: tuple[CheckResult, ...]
     seconds: float
 
     @property
-    def failed_gates(self) -> tuple[GateResult, ...]:
-        return tuple(gate for gate in self.gates if not gate.passed)
+    def failed(self) -> tuple[GateResult | CheckResult, ...]:
+        """The gates and checks that keep the result from being published."""
+        return tuple(one for one in (*self.gates, *self.checks) if not one.passed)
+
+    @property
+    def verdict(self) -> str:
+        """What became of the result, in a few words."""
+        return "published" if self.published else "NOT published: a gate or check failed"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values that JSON can hold: NaN becomes null."""

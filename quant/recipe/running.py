@@ -1,4 +1,4 @@
-"""Running a recipe: quantize, judge, hold against the gates, publish."""
+"""Running a recipe: quantize, judge, hold against the gates, check, publish."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qserve.quant.overrides import Override
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import Progress
 from qserve.quant.quality_limit import quantize_within
+from qserve.quant.recipe.checks import run_checks
 from qserve.quant.recipe.gates import check_gates
 from qserve.quant.recipe.lock import write_lock
 from qserve.quant.recipe.report import RecipeReport
@@ -96,7 +97,7 @@ class Job:
         return python_topics() if section.text == TOPICS else read_text(self.folder / section.text)
 
 
-class _GateFailed(Discarded):
+class _Failed(Discarded):
     """The result is not to be published."""
 
     def __init__(self, report: RecipeReport) -> None:
@@ -107,7 +108,7 @@ class _GateFailed(Discarded):
 def run_job(
     job: Job, source: Checkpoint, progress: Callable[[Progress], None], restart: bool = False
 ) -> RecipeReport:
-    """Quantize ``source`` and publish the result, unless a gate fails.
+    """Quantize ``source`` and publish the result, unless a gate or a check fails.
 
     Everything that can be refused is refused before the work: options, texts, the output folder.
     A quantization that was stopped goes on, unless told to ``restart``.
@@ -137,11 +138,11 @@ def run_job(
             else:
                 quantization = quantize(source, folder, options, progress, draft.work)
                 evaluation = None if judge is None else judge(folder)
-            report = _report(job, quantization, evaluation)
-            if report.failed_gates:
-                raise _GateFailed(report)
+            report = _report(job, folder, quantization, evaluation)
+            if report.failed:
+                raise _Failed(report)
             write_lock(job.recipe, source, folder, quantization)
-    except _GateFailed as failed:
+    except _Failed as failed:
         report = replace(failed.report, published=False)
     return replace(report, seconds=time.perf_counter() - started)
 
@@ -162,7 +163,7 @@ def _judge(
 
 
 def _report(
-    job: Job, quantization: QuantizationReport, evaluation: Evaluation | None
+    job: Job, folder: Path, quantization: QuantizationReport, evaluation: Evaluation | None
 ) -> RecipeReport:
     num_bytes = quantization.sizes.quantized_bytes
     return RecipeReport(
@@ -173,6 +174,7 @@ def _report(
         quantization=quantization,
         evaluation=evaluation,
         gates=check_gates(_gates(job.recipe), evaluation, num_bytes),
+        checks=run_checks(job.recipe.checks, folder),
         seconds=0.0,
     )
 

@@ -30,6 +30,7 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) else value
 
 
+Engine = Literal["vllm", "transformers", "sglang"]
 Size = Annotated[int, BeforeValidator(read_size), Field(gt=0)]
 Share = Annotated[float, BeforeValidator(parse_share), Field(ge=0)]
 
@@ -147,6 +148,16 @@ class GatesSection(Section):
         return any(v is not None for v in (self.max_kl, self.max_ppl_increase, self.min_top1))
 
 
+class ChecksSection(Section):
+    """What the result is tried for; one that fails is not published."""
+
+    inspect: bool = Field(default=False, description="Every tensor is read; nothing is wrong.")
+    loads_in: tuple[Engine, ...] = Field(
+        default=(), description="Engines that must load it, by the rules we know of each."
+    )
+    generate: bool = Field(default=False, description="It continues a prompt, with finite logits.")
+
+
 class OutputSection(Section):
     """Where the checkpoint goes."""
 
@@ -155,7 +166,7 @@ class OutputSection(Section):
 
 
 class ReportsSection(Section):
-    """Files that say what happened; written for a failed gate too."""
+    """Files that say what happened; written for a failed gate or check too."""
 
     json_file: str | None = Field(
         default=None, alias="json", description="Everything, for programs."
@@ -163,7 +174,7 @@ class ReportsSection(Section):
     markdown: str | None = Field(default=None, description="A summary, for people.")
     html: str | None = Field(default=None, description="One page with charts of every layer.")
     junit: str | None = Field(
-        default=None, description="JUnit XML: every step and gate as a test case."
+        default=None, description="JUnit XML: every step, gate and check as a test case."
     )
 
 
@@ -176,6 +187,7 @@ class Recipe(Section):
     calibration: CalibrationSection = CalibrationSection()
     evaluate: EvaluateSection | None = None
     gates: GatesSection = GatesSection()
+    checks: ChecksSection = ChecksSection()
     output: OutputSection
     reports: ReportsSection = ReportsSection()
 

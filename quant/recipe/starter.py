@@ -35,6 +35,12 @@ gates:
   min_top1: 80%
   # max_size: 120MB
 
+# The result is tried before it is published; a check that fails counts like a gate.
+checks:
+  inspect: true          # every tensor is read again, nothing is wrong
+  # loads_in: [vllm, transformers, sglang]   # by the rules that `qserve inspect --for` knows
+  generate: true         # continues a prompt with finite logits
+
 output:
   folder: {output}
   overwrite: false

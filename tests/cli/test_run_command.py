@@ -97,6 +97,29 @@ def test_a_failed_gate_publishes_nothing_and_has_an_exit_code_of_its_own(
     assert json.loads((tmp_path / "reports/r.json").read_text())["published"] is False
 
 
+def test_a_failed_check_publishes_nothing_like_a_failed_gate(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        quantize={"method": "qoq"},
+        calibration={"samples": 2, "seq_len": 32},
+        evaluate=None,
+        gates={},
+        checks={"inspect": True, "loads_in": ["vllm"]},
+    )
+    done = qserve("run", recipe)
+    assert done.code == ExitCode.GATE, done.err
+    assert "read by qserve alone" in done.out
+    assert not (tmp_path / "out").exists()
+    suite = ElementTree.parse(tmp_path / "reports/r.xml").getroot()[0]
+    assert suite.get("failures") == "1" and suite.get("tests") == str(len(suite)) == "3"
+    failed = [case.get("name") for case in suite if case.find("failure") is not None]
+    assert failed == ["check loads in vllm"]
+    assert json.loads((tmp_path / "reports/r.json").read_text())["checks"][0]["passed"] is True
+    assert "| loads in vllm |" in (tmp_path / "reports/r.md").read_text()
+    assert "<h2>Checks</h2>" in (tmp_path / "reports/r.html").read_text()
+
+
 def test_a_recipe_may_treat_layers_differently(
     write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
 ) -> None:
@@ -162,7 +185,7 @@ def test_the_schema_and_a_translated_recipe_are_all_there_is_on_stdout(
     theirs = tmp_path / "theirs.yaml"
     theirs.write_text("s: {m: {GPTQModifier: {scheme: W4A16, dampening: 1}, LogModifier: {}}}")
     done = qserve("recipe", "import", theirs, "--model", "a/b")
-    assert yaml.safe_load(done.out)["quantize"] == {"method": "gptq", "bits": 4, "group_size": 128}
+    assert yaml.safe_load(done.out)["quantize"] == {"method": "int4", "bits": 4, "group_size": 128}
     assert "LogModifier is left out" in done.err and "GPTQModifier.dampening" in done.err
 
 
