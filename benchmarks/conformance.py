@@ -63,10 +63,20 @@ MADE = {
 }
 """Tool -> checkpoints that it writes and we load."""
 
+NO_KERNEL = "its CPU build has no kernel for it"
+NO_PLUGIN = "it reads bitsandbytes by a plugin package, which is not installed"
 LIMITS = {
-    ("vllm", "gptq, 8 bits"): "its CPU build has no kernel for 8-bit words",
+    ("vllm", "gptq, 8 bits"): NO_KERNEL,
+    ("vllm", "pack-quantized, 3 bits"): NO_KERNEL,
+    ("vllm", "naive-quantized"): NO_KERNEL,
+    ("vllm", "nf4"): NO_PLUGIN,
+    ("vllm", "fp4"): NO_PLUGIN,
+    ("vllm", "LLM.int8"): NO_PLUGIN,
 }
 """Cells that stay empty by a limit of the tool on this machine; ``engine_rules`` has the others."""
+
+FOR_ROUNDED_INPUTS = ("int-quantized", "float-quantized", "int8", "float8")
+"""Formats whose inputs we round, as vLLM does; compressed-tensors is asked not to."""
 
 # We dequantize to float32. Where a tool does so too, only the last digit of a product may differ;
 # where it rounds the weight to float16 (the type of the scales), half a unit of that: 2**-11.
@@ -104,8 +114,8 @@ class Cell:
 
     @property
     def rounds(self) -> bool:
-        """Whether the tool rounds the activations, other than the checkpoint asks."""
-        return self.peer == "bitsandbytes"
+        """Whether we or the tool round activations: a step more or less is seen in the logits."""
+        return self.peer == "bitsandbytes" or self.format in FOR_ROUNDED_INPUTS
 
     @property
     def is_green(self) -> bool:

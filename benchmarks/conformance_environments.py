@@ -27,12 +27,13 @@ class Environment:
     """Tools that can share one. requirements: a file beside this one.
 
     resolves: whether the tools are installed with the dependencies they state; else those of the
-    requirements must do.
+    requirements must do. unwanted: dependencies that are removed again.
     """
 
     tools: tuple[str, ...]
     requirements: str
     resolves: bool = False
+    unwanted: tuple[str, ...] = ()
 
 
 PINS = {
@@ -47,7 +48,13 @@ ENVIRONMENTS = (
     Environment(("autoawq", "gptqmodel"), "conformance_requirements.txt"),
     Environment(("compressed-tensors", "bitsandbytes"), "conformance_requirements.txt"),
     Environment(("auto-gptq",), "conformance_requirements_auto_gptq.txt"),
-    Environment(("vllm",), "conformance_requirements_vllm.txt", resolves=True),
+    # Pictures and sound are not needed, and their packages may not fit a torch for the CPU.
+    Environment(
+        ("vllm",),
+        "conformance_requirements_vllm.txt",
+        resolves=True,
+        unwanted=("torchvision", "torchaudio", "torchcodec"),
+    ),
 )
 
 
@@ -76,6 +83,8 @@ def prepare_environment(environment: Environment) -> Path:
     else:
         run([*pip, "--requirement", requirements], log, INSTALL_TIMEOUT_S)
         run([*pip, "--no-deps", "--no-build-isolation", *tools], log, INSTALL_TIMEOUT_S)
+    if environment.unwanted:
+        run([python, "-m", "pip", "uninstall", "--yes", *environment.unwanted], log)
     done.write_text(pins)
     return python
 
