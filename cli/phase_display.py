@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from qserve.cli.console import progress
+from qserve.cli.quantities import format_seconds
 
 if TYPE_CHECKING:
     from qserve.quant.progress import Phase, Progress
@@ -32,3 +33,9 @@ def phase_display(
             advance(step.done, describe(step))
 
         yield follow
+
+
+def describe_step(step: Progress) -> str:
+    """What is worth knowing of a step that is done: the error of its block, the time left."""
+    left = f"{format_seconds(step.seconds_left)} left"
+    return left if step.error is None else f"error {step.error:.2e}, {left}"

@@ -11,7 +11,7 @@ import click
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
-from qserve.cli.phase_display import phase_display
+from qserve.cli.phase_display import describe_step, phase_display
 from qserve.cli.quantities import format_bytes, format_seconds
 from qserve.cli.quantize_options import quantize_options, read_options
 from qserve.cli.resumption import telling_what_is_kept
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qserve.quant.formats.checkpoint import Checkpoint
     from qserve.quant.options import QuantizeOptions
     from qserve.quant.output import Draft
-    from qserve.quant.progress import Progress, ProgressCallback
+    from qserve.quant.progress import ProgressCallback
     from qserve.quant.report import QuantizationReport
 
 
@@ -103,7 +103,7 @@ def _quantize(model: str, output: Path, choices: dict[str, Any]) -> Quantization
     with (
         telling_what_is_kept(output, key, restart),
         publish_resumable(output, key, force, protect=protect, restart=restart) as draft,
-        phase_display(*first, _describe) as follow,
+        phase_display(*first, describe_step) as follow,
     ):
         if options.max_kl is None:
             return quantize(source, draft.result, options, follow, draft.work)
@@ -135,12 +135,6 @@ def _quantize_within(
             "(--bits), or take a format that holds more"
         )
     return report
-
-
-def _describe(step: Progress) -> str:
-    """What is worth knowing of a step that is done."""
-    left = f"{format_seconds(step.seconds_left)} left"
-    return left if step.error is None else f"error {step.error:.2e}, {left}"
 
 
 def summarize(report: QuantizationReport, output: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import click
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, progress, say
 from qserve.cli.errors import ExitCode
-from qserve.cli.quantities import format_seconds
+from qserve.cli.phase_display import describe_step
 from qserve.cli.resumption import telling_what_is_kept
 from qserve.cli.termination import terminated_like_interrupted
 from qserve.cli.threads import threads_option, use_threads
@@ -83,7 +83,6 @@ def _read_job(recipe: Path, model: str | None, output: str | None, force: bool) 
 
 
 def _run(job: Job, threads: int | None, restart: bool) -> RecipeReport:
-
     from qserve.quant.output import check_output
     from qserve.quant.recipe.running import run_job
     from qserve.quant.run_state import run_key
@@ -102,7 +101,7 @@ def _run(job: Job, threads: int | None, restart: bool) -> RecipeReport:
             source,
             lambda step: advance(
                 PERCENT * step.done // step.total,
-                f"{step.phase.value}, {format_seconds(step.seconds_left)} left",
+                f"{step.phase.value}, {describe_step(step)}",
             ),
             restart,
         )

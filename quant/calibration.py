@@ -102,9 +102,10 @@ def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
             for start in first.split(SEQUENCES_AT_ONCE)
         ]
     token_ids = torch.cat(batches)
-    digest = hashlib.sha256(token_ids.numpy().astype("<i8").tobytes()).hexdigest()
     name = CalibrationSource.SELF.value
-    return _calibration(token_ids, options, name, digest, token_ids.numel(), len(token_ids))
+    return _calibration(
+        token_ids, options, name, _hash_tokens(token_ids), token_ids.numel(), len(token_ids)
+    )
 
 
 def _calibration(
@@ -119,6 +120,7 @@ def _calibration(
     report = CalibrationReport(
         source=source,
         sha256=sha256,
+        tokens_sha256=_hash_tokens(windows),
         num_text_tokens=num_tokens,
         num_windows=len(windows),
         num_windows_asked=options.num_samples,
@@ -127,3 +129,7 @@ def _calibration(
         num_distinct_tokens=len(windows.unique()),
     )
     return Calibration(windows, torch.ones_like(windows, dtype=torch.bool), report)
+
+
+def _hash_tokens(token_ids: torch.Tensor) -> str:
+    return hashlib.sha256(token_ids.numpy().astype("<i8").tobytes()).hexdigest()

@@ -64,6 +64,7 @@ class CalibrationReport:
 
     source: the file's name, ``built-in`` or ``self``.
     sha256: of the UTF-8 text; of the token ids (int64, little-endian) for self-generated windows.
+    tokens_sha256: of the token ids of the windows (int64, little-endian).
     num_text_tokens: tokens of the whole text the windows are taken from.
     num_windows: fewer than asked for when the text is short.
     num_documents: texts and conversations in it; windows, for self-generated ones.
@@ -72,6 +73,7 @@ class CalibrationReport:
 
     source: str
     sha256: str
+    tokens_sha256: str
     num_text_tokens: int
     num_windows: int
     num_windows_asked: int

@@ -20,15 +20,17 @@ def write_lock(
     """Write ``recipe.lock`` beside the result in ``out``.
 
     JSON: the recipe with its defaults, SHA-256 of every weight file read and written, of the
-    calibration text, the steps that tuning took (the clock may have ended it), and the versions
-    that the result depends on. The same recipe, inputs and versions give the same hashes of the
-    result; where the recipe limits tuning by time, with these steps for a limit.
+    calibration text and of the tokens that quantization took from it, the steps that tuning took
+    (the clock may have ended it), and the versions that the result depends on. The same recipe,
+    inputs and versions give the same hashes of the result; where the recipe limits tuning by time,
+    with these steps for a limit.
     """
     calibration = quantization.calibration
     content: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude={"reports"}),
         "source": _hashes(source.folder, {path.name for path in source.tensor_files.values()}),
         "calibration_sha256": None if calibration is None else calibration.sha256,
+        "tokens_sha256": None if calibration is None else calibration.tokens_sha256,
         "tuning_steps": None if quantization.tuning is None else quantization.tuning.steps,
         "versions": quantization.versions,
         "result": _hashes(out, {path.name for path in out.glob("*.safetensors")}),

@@ -33,7 +33,8 @@ class RecipeReport:
     @property
     def failed(self) -> tuple[GateResult | CheckResult, ...]:
         """The gates and checks that keep the result from being published."""
-        return tuple(one for one in (*self.gates, *self.checks) if not one.passed)
+        results: tuple[GateResult | CheckResult, ...] = (*self.gates, *self.checks)
+        return tuple(one for one in results if not one.passed)
 
     @property
     def verdict(self) -> str:

@@ -200,5 +200,7 @@ def test_what_is_done_after_packing_is_in_the_reports_and_the_lock(
     done = qserve("run", recipe)
     assert done.code == ExitCode.OK, done.err
     assert "| tuning | KL " in (tmp_path / "reports/r.md").read_text()
-    assert json.loads((tmp_path / "out/recipe.lock").read_text())["tuning_steps"] == 1
+    lock = json.loads((tmp_path / "out/recipe.lock").read_text())
+    assert lock["tuning_steps"] == 1
+    assert len({lock["tokens_sha256"], lock["calibration_sha256"]} - {None}) == 2
     assert str(Checkpoint(tmp_path / "out").kv_cache) == "fp8, a scale for each head"
