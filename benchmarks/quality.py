@@ -1,17 +1,22 @@
 """Quantize a model in several ways and append what each costs in quality to docs/benchmarks.
 
-    python benchmarks/quality.py [--model MODEL] [--calibration FILE] [--text FILE]
+    python benchmarks/quality.py [--model MODEL] [--calibration FILE] [--text FILE] [--way NAME]...
+    python benchmarks/quality.py --judge "AutoAWQ 0.2.9=FOLDER" --text FILE
 
-The default model is that of `qserve demo`, the default text the help that comes with Python.
+The default model is that of `qserve demo`, the default text the help that comes with Python. A
+folder to judge is another tool's, made by ``quality_peers.py`` on the same tokens.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from itertools import product
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import say
@@ -29,12 +34,20 @@ from qserve.quant.windows import python_topics, read_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "benchmarks" / "quality.csv"
-WAYS = (
-    ("rtn", Method.RTN, Effort.FULL),
-    ("awq-plain", Method.AWQ, Effort.PLAIN),
-    ("awq-fast", Method.AWQ, Effort.FAST),
-    ("awq", Method.AWQ, Effort.FULL),
-)
+WAYS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": Method.RTN},
+    "hqq": {"method": Method.HQQ},
+    "awq-plain": {"effort": Effort.PLAIN},
+    "awq-fast": {"effort": Effort.FAST},
+    "awq": {},
+    "awq, 64 windows": {"num_samples": 64},
+    "gptq": {"method": Method.GPTQ},
+    "gptq, 3 bits": {"method": Method.GPTQ, "bits": 3},
+    "nf4": {"method": Method.NF4},
+    "int8": {"method": Method.INT8, "group_size": None},
+    "smoothquant": {"method": Method.SMOOTHQUANT, "group_size": None},
+}
+"""Way -> what it asks for besides the group size, AWQ being the usual method."""
 
 Row = dict[str, str | int | float | None]
 
@@ -45,31 +58,48 @@ def main() -> None:
     parser.add_argument("--model", help="a float checkpoint; default: the model of qserve demo")
     parser.add_argument("--text", type=Path, help="default: the help that comes with Python")
     parser.add_argument("--calibration", type=Path, help="default: the text that comes with qserve")
-    parser.add_argument("--group-size", type=int, action="append", help="default: 64 and 32")
+    parser.add_argument("--way", action="append", choices=WAYS, help="default: all of them")
+    parser.add_argument("--judge", action="append", metavar="NAME=FOLDER", help="only judge these")
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--windows", type=int, default=DEFAULT_NUM_WINDOWS)
     parser.add_argument("--seq-len", type=int, default=DEFAULT_SEQ_LEN)
     parser.add_argument("--keep", type=Path, help="leave the checkpoints in this folder")
     parser.add_argument("--no-rows", action="store_true", help="print only")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     cache = cache_folder(os.environ)
     model = args.model or str(find_model(cache))
     source = resolve_model(model, cache=cache, notice=say)
     with TemporaryDirectory(prefix="qserve-quality-") as folder:
+        made = (
+            judge_given(args) if args.judge else make_all(source, args.keep or Path(folder), args)
+        )
         rows = []
-        for group_size, (name, method, effort) in product(args.group_size or (64, 32), WAYS):
-            out = (args.keep or Path(folder)) / f"{name}-g{group_size}"
-            options = QuantizeOptions(
-                method=method,
-                group_size=group_size,
-                effort=effort,
-                calibration=args.calibration or CalibrationSource.BUILT_IN,
-            )
-            report = quantize_to(source, out, options)
-            described = {"model": Path(model).stem, "way": name} | describe(report)
-            rows.append(described | judge(source, out, args))
+        for out, described in made:
+            rows.append({"model": Path(model).stem} | described | judge(source, out, args))
             print(rows[-1], flush=True)
     if not args.no_rows:
         append_rows(TABLE, [{**stamp(), **row} for row in rows])
+
+
+def judge_given(args: argparse.Namespace) -> Iterator[tuple[Path, Row]]:
+    """Folders that another tool has written, under the names they are given."""
+    for entry in args.judge:
+        name, _, folder = entry.partition("=")
+        yield Path(folder), {"way": name}
+
+
+def make_all(
+    source: Checkpoint, folder: Path, args: argparse.Namespace
+) -> Iterator[tuple[Path, Row]]:
+    """A checkpoint for each way, and the columns that say how it was made."""
+    for way in args.way or WAYS:
+        asked = {"group_size": args.group_size} | WAYS[way]
+        calibration = args.calibration or CalibrationSource.BUILT_IN
+        out = folder / way.replace(", ", "-").replace(" ", "-")
+        report = quantize_to(source, out, QuantizeOptions(calibration=calibration, **asked))
+        yield out, {"way": way} | describe(report)
 
 
 def quantize_to(source: Checkpoint, out: Path, options: QuantizeOptions) -> QuantizationReport:
