@@ -19,7 +19,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from qserve.cli import quantize
+from qserve.cli import phase_display
 from qserve.cli.errors import ExitCode
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.quant import source
@@ -312,41 +312,53 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_full_disk_leaves_nothing(tiny_llama: Path, out: Path) -> None:
+def test_full_disk_leaves_no_result_and_with_room_the_run_goes_on(
+    tiny_llama: Path, out: Path, qserve: Callable[..., Any]
+) -> None:
     done = run_process("quantize", tiny_llama, "--rtn", "-o", out, preexec_fn=limit_file_size)
     assert done.returncode == ExitCode.OUTPUT
     assert done.stdout == ""
-    notice, error = done.stderr.splitlines()
+    notice, *_, error = done.stderr.splitlines()
     assert notice.startswith("groups of 64")
     assert error.startswith(f"error: {out} cannot be written: the file would exceed the size limit")
-    assert list(out.parent.iterdir()) == []
+    assert not out.exists()
+    assert qserve("quantize", tiny_llama, "--rtn", "-o", out).code == ExitCode.OK
+    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_run_leaves_nothing(
+def test_interrupted_run_leaves_no_result_and_says_how_to_go_on(
     number: int,
     tiny_llama: Path,
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
     qserve: Callable[..., Any],
 ) -> None:
-    monkeypatch.setattr(quantize, "format_seconds", lambda seconds: signal.raise_signal(number))
     # A shell starts what runs in its background with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        done = qserve("quantize", tiny_llama, "--rtn", "-o", out)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                phase_display, "format_seconds", lambda seconds: signal.raise_signal(number)
+            )
+            done = qserve("quantize", tiny_llama, "--rtn", "-o", out)
     finally:
         signal.signal(signal.SIGINT, before)
     assert done.code == ExitCode.INTERRUPTED
     assert done.out == ""
-    assert list(out.parent.iterdir()) == []
+    assert "run the same command again to continue" in done.err
+    assert not out.exists()
+    again = qserve("quantize", tiny_llama, "--rtn", "-o", out)
+    assert again.code == ExitCode.OK
+    assert "going on with a run that was stopped" in again.err
+    assert list(out.parent.iterdir()) == [out]
 
 
 KILLED = """
 import os, signal, sys
-from qserve.cli import quantize
+from qserve.cli import phase_display
 from qserve.cli.main import run
-quantize.format_seconds = lambda seconds: os.kill(os.getpid(), signal.SIGKILL)
+phase_display.format_seconds = lambda seconds: os.kill(os.getpid(), signal.SIGKILL)
 run(["quantize", sys.argv[1], "--rtn", "-o", sys.argv[2]])
 """
 
