@@ -25,28 +25,19 @@ SEQUENCES_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Windows of tokens, ``[num_windows, seq_len]``, and where they come from.
-
-    mask: bool, of the same shape; only the tokens that it holds count, the others are context.
-    """
+    """Windows of tokens, ``[num_windows, seq_len]``, and where they come from."""
 
     token_ids: torch.Tensor
-    mask: torch.Tensor
     report: CalibrationReport
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {
-            "token_ids": self.token_ids.tolist(),
-            "mask": self.mask.tolist(),
-            "report": asdict(self.report),
-        }
+        return {"token_ids": self.token_ids.tolist(), "report": asdict(self.report)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
         """What ``to_dict`` gave."""
-        token_ids, mask = torch.tensor(values["token_ids"]), torch.tensor(values["mask"])
-        return cls(token_ids, mask, CalibrationReport(**values["report"]))
+        return cls(torch.tensor(values["token_ids"]), CalibrationReport(**values["report"]))
 
 
 def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibration:
@@ -128,7 +119,7 @@ def _calibration(
         num_documents=num_documents,
         num_distinct_tokens=len(windows.unique()),
     )
-    return Calibration(windows, torch.ones_like(windows, dtype=torch.bool), report)
+    return Calibration(windows, report)
 
 
 def _hash_tokens(token_ids: torch.Tensor) -> str:
