@@ -70,7 +70,7 @@ class Context:
         llama_cpp.llama_free(self._context)
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]  # llama_cpp has no types
 def discard(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     """Keep llama.cpp's log off the output."""
 

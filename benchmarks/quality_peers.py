@@ -42,6 +42,7 @@ def quantize_with_autoawq(args: argparse.Namespace, windows: Windows) -> tuple[S
     config = {"zero_point": True, "q_group_size": args.group_size, "w_bit": 4, "version": "GEMM"}
 
     def quantize() -> None:
+        """The timed part."""
         with _copying_to_cpu(torch):
             model.quantize(
                 tokenizer,

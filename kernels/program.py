@@ -48,7 +48,7 @@ class _Observer(TorchDispatchMode):
     """Notes the operations of PyTorch that compute or allocate: all but views."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # in PyTorch
         self.names: set[str] = set()
 
     @classmethod

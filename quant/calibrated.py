@@ -38,7 +38,7 @@ from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.plan import Plan
 from qserve.quant.published import PublishedScaleSearch
 from qserve.quant.report import LayerReport, ScaleReport, relative_error
-from qserve.quant.scaling import ScaleChoice, ScaleSearch
+from qserve.quant.scaling import ScaleChoice, ScaledStage, ScaleSearch
 from qserve.quant.smoothing import SmoothSearch
 from qserve.quant.steps import Rounding, Steps, Transform
 from qserve.quant.target import StageSpec
@@ -195,11 +195,12 @@ class CalibratedQuantizer:
                 return smoothing.run
             return smoothing.published if stage.fold is Fold.NORM else None
         gram = self._gram_of(block, stage, inputs, None)
+        scaled = ScaledStage(weight, gram, *form)
         if transform is Transform.SCALE:
-            return ScaleSearch(weight, gram, *form).run
+            return ScaleSearch(scaled).run
         if sharing is not None and sharing.repeats > 1:
             return None  # published for query heads that have key/value heads of their own
-        return PublishedScaleSearch(weight, inputs, gram, *form).run
+        return PublishedScaleSearch(scaled, inputs).run
 
     def _quantize_stage(
         self,

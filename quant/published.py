@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from qserve.quant.grid import Grid, LevelSet, Rounded, grid_over_all, rounding_difference
-from qserve.quant.objective import diagonal_blocks, output_errors
+from qserve.quant.objective import diagonal_blocks
 from qserve.quant.rounding import damped, inverse_factor
-from qserve.quant.scaling import HeadSharing, ScaleChoice, scale_from_logs
+from qserve.quant.scaling import ScaleChoice, ScaledStage, scale_from_logs
 
 NUM_EXPONENTS = 20
 """Of the magnitude of the inputs, from 0 to 0.95 (AWQ, Lin et al. 2023, section 3.2)."""
@@ -26,39 +26,21 @@ COLUMNS_AT_ONCE = 128
 class PublishedScaleSearch:
     """AWQ's search for the scale of one stage: ``s = mean|x|^a`` with one exponent.
 
-    weight: ``[N, K]``, the linear layers of the stage one after the other. inputs: what they
-    receive, ``[..., K]``. gram: Gram matrix ``[K, K]`` of the inputs.
+    inputs: what the stage receives, ``[..., K]``.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        inputs: torch.Tensor,
-        gram: torch.Tensor,
-        group_size: int,
-        levels: LevelSet,
-        sharing: HeadSharing | None,
-    ) -> None:
-        self._weight = weight
-        self._gram = gram
-        self._group_size = group_size
-        self._levels = levels
-        self._sharing = sharing
+    def __init__(self, stage: ScaledStage, inputs: torch.Tensor) -> None:
+        self._stage = stage
         floor = torch.finfo(torch.float32).tiny
         self._log_inputs = inputs.flatten(0, -2).abs().mean(0).clamp(min=floor).log()
 
     def run(self) -> ScaleChoice:
         """The best candidate; no scaling is the first of them."""
         exponents = [i / NUM_EXPONENTS for i in range(NUM_EXPONENTS)]
-        scales = [scale_from_logs(a * self._log_inputs, self._sharing) for a in exponents]
-        errors = [self._error(scale) for scale in scales]
+        scales = [scale_from_logs(a * self._log_inputs, self._stage.sharing) for a in exponents]
+        errors = [self._stage.error(scale) for scale in scales]
         best = min(range(NUM_EXPONENTS), key=errors.__getitem__)
         return ScaleChoice(scales[best], exponents[best], 0.0, errors[best], errors[0])
-
-    def _error(self, scale: torch.Tensor) -> float:
-        groups = (self._weight * scale).unflatten(1, (-1, self._group_size))
-        difference = rounding_difference(groups, grid_over_all(groups, self._levels))
-        return float(output_errors(difference.flatten(1).div_(scale), self._gram).sum())
 
 
 def shrink_grid(

@@ -68,37 +68,52 @@ class ScaleChoice:
     unscaled_error: float
 
 
-class ScaleSearch:
-    """Finds the scale of one stage.
+@dataclass(frozen=True, slots=True)
+class ScaledStage:
+    """What a scale of one stage is judged by.
 
-    weight: ``[N, K]``, the linear layers of the stage one after the other.
-    gram: Gram matrix ``[K, K]`` of their inputs.
+    weight: ``[N, K]``, the linear layers of the stage one after the other. gram: Gram matrix
+    ``[K, K]`` of their inputs. sharing: the inputs that must have one scale; None: all are free.
     """
 
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        gram: torch.Tensor,
-        group_size: int,
-        levels: LevelSet,
-        sharing: HeadSharing | None,
-    ) -> None:
-        self._weight = weight
-        self._gram = gram
-        self._group_size = group_size
-        self._levels = levels
-        self._sharing = sharing
+    weight: torch.Tensor
+    gram: torch.Tensor
+    group_size: int
+    levels: LevelSet
+    sharing: HeadSharing | None
+
+    def error(self, scale: torch.Tensor, rows: slice = slice(None)) -> float:
+        """Output error of rounding ``weight * scale`` to nearest, inputs divided by ``scale``.
+
+        rows: of the weight, all of them by default.
+        """
+        total = 0.0
+        for some in self.weight[rows].split(ROWS_AT_ONCE):
+            groups = (some * scale).unflatten(1, (-1, self.group_size))
+            difference = rounding_difference(groups, grid_over_all(groups, self.levels))
+            total += float(output_errors(difference.flatten(1).div_(scale), self.gram).sum())
+        return total
+
+
+class ScaleSearch:
+    """Finds the scale of one stage."""
+
+    def __init__(self, stage: ScaledStage) -> None:
+        self._stage = stage
+        weight, gram = stage.weight, stage.gram
         # Inputs whose weights are all zero, or that never fire, must not reach the logarithm.
         self._log_inputs = _log_rms(gram.diagonal())
         self._log_weights = _log_rms(weight.square().mean(0))
 
     def run(self) -> ScaleChoice:
         """The best candidate, or no scaling."""
-        sample = self._weight[:: -(-self._weight.shape[0] // NUM_SCREENED_ROWS)].contiguous()
+        sample = slice(None, None, -(-self._stage.weight.shape[0] // NUM_SCREENED_ROWS))
         none, *points = [(a, b) for b in WEIGHT_EXPONENTS for a in INPUT_EXPONENTS]
-        screened = sorted(points, key=lambda point: self._error(sample, self.scale_at(*point)))
+        screened = sorted(
+            points, key=lambda point: self._stage.error(self.scale_at(*point), sample)
+        )
         errors = {
-            point: self._error(self._weight, self.scale_at(*point))
+            point: self._stage.error(self.scale_at(*point))
             for point in (none, *screened[:NUM_FINALISTS])
         }
         best = min(errors, key=errors.__getitem__)  # the first of equals: no scaling
@@ -107,16 +122,7 @@ class ScaleSearch:
     def scale_at(self, input_exponent: float, weight_exponent: float) -> torch.Tensor:
         """``rms(x)^a / rms(w)^b``, shared where it must be, its extremes centred around one."""
         logs = input_exponent * self._log_inputs - weight_exponent * self._log_weights
-        return scale_from_logs(logs, self._sharing)
-
-    def _error(self, weight: torch.Tensor, scale: torch.Tensor) -> float:
-        """Output error of rounding ``weight * scale`` to nearest, inputs divided by ``scale``."""
-        total = 0.0
-        for rows in weight.split(ROWS_AT_ONCE):
-            groups = (rows * scale).unflatten(1, (-1, self._group_size))
-            difference = rounding_difference(groups, grid_over_all(groups, self._levels))
-            total += float(output_errors(difference.flatten(1).div_(scale), self._gram).sum())
-        return total
+        return scale_from_logs(logs, self._stage.sharing)
 
 
 def scale_from_logs(log_scale: torch.Tensor, sharing: HeadSharing | None) -> torch.Tensor:

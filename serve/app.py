@@ -129,6 +129,7 @@ def _model_routes(service: Service) -> list[Route]:
 
 def _error_handlers(service: Service) -> dict[Any, Callable[[Request, Exception], Response]]:
     def on_serve_error(request: Request, error: Exception) -> Response:
+        """The body of an expected error, and what its kind tells a client in headers."""
         assert isinstance(error, ServeError)
         headers = {}
         if isinstance(error, Overloaded):

@@ -29,7 +29,7 @@ class CompletionBody(SamplingBody):
     @field_validator("prompt", mode="plain")
     @classmethod
     def _list_prompts(cls, value: object) -> list[Prompt]:
-        if isinstance(value, str) or _is_ids(value):
+        if isinstance(value, str) or _begins_with_an_id(value):
             return [_checked(value)]
         if not isinstance(value, list):
             raise _refused("a string, a list of strings, of token ids, or of lists of token ids")
@@ -91,7 +91,7 @@ class DetokenizeBody(Body):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-def _is_ids(value: object) -> bool:
+def _begins_with_an_id(value: object) -> bool:
     return isinstance(value, list) and bool(value) and type(value[0]) is int
 
 
@@ -100,8 +100,8 @@ def _checked(prompt: object) -> Prompt:
         if not prompt:
             raise _refused("a prompt that is not empty")
         return prompt
-    if _is_ids(prompt) and all(type(token) is int for token in prompt):  # type: ignore[attr-defined]
-        return prompt  # type: ignore[return-value]
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        return prompt
     raise _refused("prompts that are strings or non-empty lists of token ids")
 
 

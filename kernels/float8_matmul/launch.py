@@ -6,19 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from qserve.kernels.cost import Cost
 from qserve.kernels.gpu_target import GpuTarget, Vendor
-from qserve.kernels.int8_matmul.launch import byte_tile
+from qserve.kernels.tiled_matmul.byte_launch import byte_tile, half_tile
 from qserve.kernels.tiled_matmul.launch import (
     BLOCK,
     MatmulLaunch,
     MatmulProblem,
-    Tile,
-    has_tensor_memory,
-    is_consumer_part,
-    matmul_cost,
     plan_launch,
-    stages,
 )
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -61,27 +55,5 @@ def float8_launch(problem: MatmulProblem, target: GpuTarget) -> MatmulLaunch:
         assembly=as_bits and target.vendor is Vendor.NVIDIA,
         step=min(problem.group_size or BLOCK, BLOCK),
     )
-    tile = byte_tile(problem, target) if has_bytes else _tile(problem, target)
+    tile = byte_tile(problem, target) if has_bytes else half_tile(problem, target)
     return plan_launch(problem, format, tile, target)
-
-
-def float8_cost(problem: MatmulProblem) -> Cost:
-    """The work of ``problem``: values, 4 bytes a group or an output, 16-bit activations."""
-    return matmul_cost(problem, bits=8, parameter_bytes=4)
-
-
-def trip_bytes(launch: MatmulLaunch) -> int:
-    """Weight bytes that one thread block takes from device memory in a trip of its hot loop."""
-    group_size = launch.problem.group_size
-    num_groups = max(1, BLOCK // group_size) if group_size else 0
-    return launch.tile.block_n * (BLOCK + num_groups * 4)
-
-
-def _tile(problem: MatmulProblem, target: GpuTarget) -> Tile:
-    if problem.num_rows <= 32 and has_tensor_memory(target):
-        return Tile(16, 32, 2, 4) if problem.num_rows <= 16 else Tile(32, 32, 2, 3)
-    if problem.num_rows <= 16:
-        return Tile(16, 64, 4, stages(target, 4))
-    if problem.num_rows <= 32:
-        return Tile(32, 128, 8, stages(target, 3))
-    return Tile(64, 128, 8, stages(target, 2 if is_consumer_part(target) else 3))

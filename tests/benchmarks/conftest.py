@@ -18,6 +18,7 @@ def load_script() -> Callable[[str], ModuleType]:
     """Loads a script by its name, without running its ``main``."""
 
     def load(name: str) -> ModuleType:
+        """The script ``name.py`` as a module that nothing else imports."""
         spec = importlib.util.spec_from_file_location(
             f"benchmark_{name}", BENCHMARKS / f"{name}.py"
         )

@@ -19,21 +19,23 @@ from qserve.quant import errors as quant_errors
 from qserve.serve.errors import ServeError
 
 
+class FailingGroup(LazyGroup):
+    """A group whose every command raises ``error``."""
+
+    error: BaseException = Exception()
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+        @click.command()
+        def fail() -> None:
+            raise self.error
+
+        return fail
+
+
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> LazyGroup:
+def failing(monkeypatch: pytest.MonkeyPatch) -> FailingGroup:
     """The group with a command `fail` that raises what its `error` attribute is set to."""
-
-    class Group(LazyGroup):
-        error: BaseException = Exception()
-
-        def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
-            @click.command()
-            def fail() -> None:
-                raise self.error
-
-            return fail
-
-    group = Group(params=cli_main.cli.params, callback=cli_main.cli.callback)
+    group = FailingGroup(params=cli_main.cli.params, callback=cli_main.cli.callback)
     monkeypatch.setitem(COMMANDS, "fail", ("nowhere", "Fails."))
     monkeypatch.setattr(cli_main, "cli", group)
     return group
@@ -125,9 +127,9 @@ def test_a_wrong_command_line_exits_with_2_and_a_usage(
     ids=lambda value: getattr(value, "name", type(value).__name__),
 )
 def test_an_expected_error_is_one_line_and_its_code(
-    error: Exception, code: ExitCode, failing: LazyGroup, capsys: pytest.CaptureFixture[str]
+    error: Exception, code: ExitCode, failing: FailingGroup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing.error = error  # type: ignore[attr-defined]
+    failing.error = error
     assert run(["fail"]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -136,9 +138,9 @@ def test_an_expected_error_is_one_line_and_its_code(
 
 
 def test_a_bug_is_one_line_that_says_how_to_see_more(
-    failing: LazyGroup, capsys: pytest.CaptureFixture[str]
+    failing: FailingGroup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing.error = KeyError("name")  # type: ignore[attr-defined]
+    failing.error = KeyError("name")
     assert run(["fail"]) == ExitCode.ERROR
     text = capsys.readouterr().err
     assert "Traceback" not in text and "KeyError" in text and "--debug" in text
@@ -146,25 +148,25 @@ def test_a_bug_is_one_line_that_says_how_to_see_more(
 
 @pytest.mark.parametrize("error", [KeyError("name"), quant_errors.CheckpointError("no model")])
 def test_debug_shows_the_traceback(
-    error: Exception, failing: LazyGroup, capsys: pytest.CaptureFixture[str]
+    error: Exception, failing: FailingGroup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing.error = error  # type: ignore[attr-defined]
+    failing.error = error
     assert run(["--debug", "fail"]) != ExitCode.OK
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_message_of_many_lines_becomes_one(
-    failing: LazyGroup, capsys: pytest.CaptureFixture[str]
+    failing: FailingGroup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing.error = quant_errors.CheckpointError("first\n  second")  # type: ignore[attr-defined]
+    failing.error = quant_errors.CheckpointError("first\n  second")
     run(["fail"])
     assert capsys.readouterr().err == "error: first second\n"
 
 
 def test_ctrl_c_exits_quietly_with_130(
-    failing: LazyGroup, capsys: pytest.CaptureFixture[str]
+    failing: FailingGroup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failing.error = KeyboardInterrupt()  # type: ignore[attr-defined]
+    failing.error = KeyboardInterrupt()
     assert run(["fail"]) == ExitCode.INTERRUPTED
     captured = capsys.readouterr()
     assert captured.out == "" and "Traceback" not in captured.err

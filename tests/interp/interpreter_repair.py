@@ -61,6 +61,7 @@ def install(evaluate: Evaluate) -> None:
     def inline_asm(
         _: Any, assembly: str, constraints: str, values: Any, types: Any, *rest: Any
     ) -> Any:
+        """What the assembly gives for the registers that hold the elements of ``values``."""
         _pure, pack = rest
         num_outputs = constraints.count("=")
         inputs = [word for value in values for word in _registers(value.data, pack)]
@@ -101,6 +102,8 @@ def _repair_conversions() -> None:
     }
 
     def convert_with(name: str) -> Callable[..., Any]:
+        """The conversion of this name, for types that NumPy lacks too."""
+
         def convert(builder: Any, source: Any, target: Any, *rest: Any) -> Any:
             if _is_kept_as_integer(target):
                 return _narrow(_widen(source), target.scalar)
@@ -143,7 +146,7 @@ def _registers(data: np.ndarray, pack: int) -> list[np.ndarray]:
     # for assembly that treats every element alike, which is the only kind we write.
     size, rest = divmod(data.itemsize * pack, 4)
     if rest:
-        raise NotImplementedError(f"{pack} elements of {data.itemsize} bytes fill no register")
+        raise ValueError(f"{pack} elements of {data.itemsize} bytes fill no register")
     return list(np.ascontiguousarray(data).reshape(-1).view(np.uint32).reshape(-1, size).T)
 
 

@@ -36,7 +36,7 @@ def evaluate(assembly: str, num_outputs: int, inputs: Sequence[Words]) -> list[W
     """The registers ``$0 ...`` after ``assembly`` ran with ``inputs`` in the registers after them.
 
     Packed arithmetic is computed in float64 and rounded once, as the hardware rounds. Raises
-    ``NotImplementedError`` for an instruction it does not know.
+    ``ValueError`` for an instruction it does not know.
     """
     registers = {f"${num_outputs + i}": words for i, words in enumerate(inputs)}
 
@@ -63,13 +63,11 @@ def _execute(opcode: str, values: list[Words]) -> Words:
     if kind in _PACKED and name in _ARITHMETIC:
         numbers = [_unpack(value, _PACKED[kind]) for value in values]
         return _pack(_ARITHMETIC[name](*numbers), _PACKED[kind])
-    if name == "prmt":
-        return _permute(*values)
     if kind == "b32" and name in _BITWISE:
         return _BITWISE[name](*values)
     if kind == "u32" and name in _INTEGER:
         return _INTEGER[name](*values)
-    raise NotImplementedError(f"the PTX evaluator does not know {opcode}")
+    raise ValueError(f"the PTX evaluator does not know {opcode}")
 
 
 def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
@@ -85,7 +83,7 @@ def _permute(a: Words, b: Words, selector: Words) -> Words:
     # Each nibble of the selector picks one of the eight bytes of b and a; bit 3, which would repeat
     # a sign, is not used.
     if bool((selector & 0x8888).any()):
-        raise NotImplementedError("the PTX evaluator knows prmt without the repetition of signs")
+        raise ValueError("the PTX evaluator knows prmt without the repetition of signs")
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros_like(a)
     for i in range(4):

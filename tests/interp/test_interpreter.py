@@ -23,5 +23,4 @@ def test_the_interpreted_tests_pass(path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    if result.returncode:
-        pytest.fail(f"{path.name}:\n{result.stdout}{result.stderr}", pytrace=False)
+    assert result.returncode == 0, f"{path.name}:\n{result.stdout}{result.stderr}"

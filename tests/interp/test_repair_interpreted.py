@@ -118,5 +118,5 @@ def test_the_assembly_unpacks_every_code_and_zero_point(
 
 
 def test_an_unknown_instruction_is_refused(evaluate_ptx: Evaluate) -> None:
-    with pytest.raises(NotImplementedError, match="ex2"):
+    with pytest.raises(ValueError, match="ex2"):
         evaluate_ptx("{ ex2.approx.f32 $0, $1; }", 1, [np.zeros(1, np.uint32)])

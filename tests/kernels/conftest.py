@@ -43,6 +43,7 @@ def make_weight(generator: torch.Generator) -> MakeWeight:
     def make(
         out_features: int, in_features: int, group_size: int, dtype: torch.dtype = torch.float16
     ) -> GroupedWeight:
+        """A weight of this shape; dtype: of its scales."""
         groups = (out_features, in_features // group_size)
         return GroupedWeight(
             codes=torch.randint(

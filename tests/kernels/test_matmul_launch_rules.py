@@ -16,13 +16,14 @@ from qserve.kernels.codebook_matmul.launch import trip_bytes as codebook_trip_by
 from qserve.kernels.dense_matmul.launch import dense_cost, dense_launch
 from qserve.kernels.dense_matmul.launch import trip_bytes as dense_trip_bytes
 from qserve.kernels.expert_matmul.launch import expert_cost, expert_launch
-from qserve.kernels.float8_matmul.launch import float8_cost, float8_dtype, float8_launch
+from qserve.kernels.float8_matmul.launch import float8_dtype, float8_launch
 from qserve.kernels.gpu_target import TARGETS, GpuTarget, Vendor
 from qserve.kernels.int4_matmul.launch import int4_byte_launch, int4_cost, int4_launch
 from qserve.kernels.int4_matmul.launch import trip_bytes as int4_trip_bytes
-from qserve.kernels.int8_matmul.launch import int8_cost, int8_launch
-from qserve.kernels.int8_matmul.launch import trip_bytes as int8_trip_bytes
+from qserve.kernels.int8_matmul.launch import int8_launch
 from qserve.kernels.output_head.launch import head_cost, head_launch
+from qserve.kernels.tiled_matmul.byte_launch import byte_cost
+from qserve.kernels.tiled_matmul.byte_launch import trip_bytes as byte_trip_bytes
 from qserve.kernels.tiled_matmul.launch import (
     MatmulLaunch,
     MatmulProblem,
@@ -142,9 +143,9 @@ def test_the_cost_of_a_matmul_is_its_weight_and_its_activations() -> None:
     activations = 2 * 2 * (300 + 256)
     assert int4_cost(problem).num_bytes == 300 * 256 // 2 + 300 * 2 * 4 + activations
     assert codebook_cost(problem) == int4_cost(problem)
-    assert int8_cost(problem).num_bytes == 300 * 256 + 300 * 2 * 4 + activations
+    assert byte_cost(problem).num_bytes == 300 * 256 + 300 * 2 * 4 + activations
     channels = replace(problem, group_size=0)
-    assert float8_cost(channels).num_bytes == 300 * 256 + 300 * 4 + activations
+    assert byte_cost(channels).num_bytes == 300 * 256 + 300 * 4 + activations
     assert expert_cost(replace(problem, num_experts=9), 4).num_bytes == (
         2 * (300 * 256 // 2 + 300 * 2 * 4) + activations
     )
@@ -162,9 +163,9 @@ def test_a_trip_reads_a_block_of_each_output() -> None:
     nibbles, codes = RULES["int4"](problem, A100), RULES["int8"](problem, A100)
     assert int4_trip_bytes(nibbles) == nibbles.tile.block_n * (64 + 2 * 4)
     assert codebook_trip_bytes(nibbles) == int4_trip_bytes(nibbles)
-    assert int8_trip_bytes(codes) == codes.tile.block_n * (128 + 2 * 4)
+    assert byte_trip_bytes(codes) == codes.tile.block_n * (128 + 2 * 4)
     channels = RULES["int8"](replace(LAYER, group_size=0), A100)
-    assert int8_trip_bytes(channels) == channels.tile.block_n * 128
+    assert byte_trip_bytes(channels) == channels.tile.block_n * 128
 
 
 @every_target

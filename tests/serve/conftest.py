@@ -90,6 +90,7 @@ class ScriptedEngine:
         return True
 
     def submit(self, message: AddRequest | AbortRequest) -> None:
+        """Answer a request from the script at once, unless told to hold it."""
         if self.dead:
             raise EngineDead("The engine is not running.")
         if isinstance(message, AbortRequest):
@@ -315,6 +316,7 @@ def make_client(tokenizer: Tokenizer) -> MakeClient:
         tokenizer: Tokenizer = tokenizer,
         **config: Any,
     ) -> AppClient:
+        """A client; config: other fields of ``ServerConfig``, and the names of the model."""
         engine = ScriptedEngine()
         bridge = Bridge(engine.connect, max_sequences)
         names = config.pop("served_model_names", ("tiny", "org/tiny-alias"))

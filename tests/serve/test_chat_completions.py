@@ -106,7 +106,7 @@ def test_tool_arguments_are_an_object_for_the_template(make_client: Any) -> None
 def test_what_does_not_make_sense_is_refused(
     client: Any, message_of: Any, fields: dict[str, Any], param: str
 ) -> None:
-    message_of(client.chat(**fields), 400, param)
+    assert message_of(client.chat(**fields), 400, param)
 
 
 def test_messages_are_required(client: Any, message_of: Any) -> None:

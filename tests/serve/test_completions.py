@@ -47,7 +47,8 @@ def test_a_prompt_comes_in_four_kinds(client: Any, prompt: Any, expected: list[A
      [[1], []], ["a"] * 1025],
 )  # fmt: skip
 def test_other_prompts_are_refused(client: Any, message_of: Any, prompt: Any) -> None:
-    message_of(client.complete(prompt=prompt), 400, "prompt")
+    assert message_of(client.complete(prompt=prompt), 400, "prompt")
+    assert client.engine.added == []
 
 
 @pytest.mark.parametrize("prompt", [[512], [-1], [[1], [2**40]]])
@@ -107,7 +108,7 @@ def test_only_the_prompt_comes_back_when_no_token_is_asked_for(
 
 
 def test_no_tokens_without_echo_is_refused(client: Any, message_of: Any) -> None:
-    message_of(client.complete(max_tokens=0), 400, "max_tokens")
+    assert "echo: true" in message_of(client.complete(max_tokens=0), 400, "max_tokens")
 
 
 def test_logprobs_of_the_prompt_are_refused(client: Any, message_of: Any) -> None:

@@ -173,7 +173,10 @@ def test_an_aborted_request_gives_no_more_output_and_frees_its_blocks() -> None:
 
 
 def test_aborting_an_unknown_request_does_nothing() -> None:
-    make_engine().abort("nobody")
+    engine = make_engine()
+    before = engine.stats()
+    engine.abort("nobody")
+    assert engine.stats() == before
 
 
 def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(

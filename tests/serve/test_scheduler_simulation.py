@@ -158,14 +158,16 @@ def test_every_request_ends_when_blocks_are_short(
 @pytest.mark.parametrize("abort_chance", [0.01, 0.3])
 def test_clients_may_leave_at_any_moment(seed: int, abort_chance: float) -> None:
     load = Load(num_requests=500, arrivals_per_step=0.8, abort_chance=abort_chance)
-    simulate(seed, load, Limits(8, 16, 128), num_blocks=32)
+    assert simulate(seed, load, Limits(8, 16, 128), num_blocks=32).unfinished == {}
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_flood_drains_in_order(seed: int) -> None:
     load = Load(num_requests=400, arrivals_per_step=0.999, max_prompt=20, max_output=10)
-    simulate(seed, load, Limits(16, 16, 32), num_blocks=40, block_size=2)
+    simulation = simulate(seed, load, Limits(16, 16, 32), num_blocks=40, block_size=2)
+    assert len(simulation.first_chunk_order) == load.num_requests
 
 
 def test_one_sequence_at_a_time_with_a_budget_of_one_token() -> None:
-    simulate(0, Load(num_requests=40), Limits(1, 1, 128), num_blocks=32)
+    simulation = simulate(0, Load(num_requests=40), Limits(1, 1, 128), num_blocks=32)
+    assert len(simulation.first_chunk_order) == 40

@@ -53,4 +53,4 @@ def test_tokens_give_their_text(client: Any) -> None:
 def test_what_does_not_make_sense_is_refused(
     client: Any, message_of: Any, path: str, body: dict[str, Any], status: int, param: str
 ) -> None:
-    message_of(client.post(path, body), status, param)
+    assert message_of(client.post(path, body), status, param)

@@ -16,6 +16,7 @@ from qserve.kernels.quantize_tokens import kernel as token_kernel
 from qserve.kernels.static_gate.catalogue.promises import byte_promises, float8_promises
 from qserve.kernels.static_gate.catalogue.tiles import Operands, tile_spec
 from qserve.kernels.static_gate.spec import TRITON_NAMES, KernelSpec, Promises
+from qserve.kernels.tiled_matmul import byte_launch
 from qserve.kernels.tiled_matmul.launch import MatmulProblem
 
 _HALF, _BRAIN = torch.float16, torch.bfloat16
@@ -79,7 +80,7 @@ def _int8_spec(case: _Case, target: GpuTarget) -> KernelSpec:
         launch,
         _operands(case, int8_kernel.sum_blocks, "i8", parameters, epilogue),
         byte_promises(launch, target),
-        int8_rule.trip_bytes(launch),
+        byte_launch.trip_bytes(launch),
         is_core=case.is_core,
     )
 
@@ -95,7 +96,7 @@ def _float8_spec(case: _Case, target: GpuTarget) -> KernelSpec:
         launch,
         _operands(case, float8_kernel.sum_blocks, TRITON_NAMES[dtype], parameters, epilogue),
         float8_promises(launch, target),
-        float8_rule.trip_bytes(launch),
+        byte_launch.trip_bytes(launch),
         is_core=case.is_core,
     )
 

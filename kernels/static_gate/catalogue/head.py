@@ -23,6 +23,7 @@ from qserve.kernels.static_gate.catalogue.promises import (
 )
 from qserve.kernels.static_gate.catalogue.tiles import Operands, describe_launch, tile_spec
 from qserve.kernels.static_gate.spec import TRITON_NAMES, KernelSpec, Promises
+from qserve.kernels.tiled_matmul import byte_launch
 from qserve.kernels.tiled_matmul.launch import MatmulLaunch, MatmulProblem
 
 _HALF, _BRAIN = torch.float16, torch.bfloat16
@@ -72,7 +73,7 @@ def _heads(target: GpuTarget) -> list[_Head]:
                 launch,
                 Operands(int8_kernel.sum_blocks, "i8", "i32"),
                 byte_promises(launch, target),
-                int8_rule.trip_bytes(launch),
+                byte_launch.trip_bytes(launch),
             )
             for name, launch in byte_launches.items()
         ),

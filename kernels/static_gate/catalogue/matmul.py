@@ -14,7 +14,6 @@ from qserve.kernels.gpu_target import GpuTarget
 from qserve.kernels.int4_matmul import kernel as int4_kernel
 from qserve.kernels.int4_matmul import launch as int4_rule
 from qserve.kernels.int8_matmul import kernel as int8_kernel
-from qserve.kernels.int8_matmul import launch as int8_rule
 from qserve.kernels.static_gate.catalogue.promises import (
     byte_promises,
     codebook_promises,
@@ -23,6 +22,7 @@ from qserve.kernels.static_gate.catalogue.promises import (
 )
 from qserve.kernels.static_gate.catalogue.tiles import Operands, reduce_spec, tile_spec
 from qserve.kernels.static_gate.spec import TRITON_NAMES, KernelSpec
+from qserve.kernels.tiled_matmul import byte_launch
 from qserve.kernels.tiled_matmul.launch import MatmulProblem
 
 _HALF, _BRAIN = torch.float16, torch.bfloat16
@@ -140,7 +140,7 @@ def _expert_spec(case: _Case, bits: int, target: GpuTarget) -> KernelSpec:
     dtype = TRITON_NAMES[case.dtype]
     if bits == 8:
         operands = Operands(int8_kernel.sum_blocks, "i8", None, ("channel_ptr",))
-        promises, stream_bytes = byte_promises(launch, target), int8_rule.trip_bytes(launch)
+        promises, stream_bytes = byte_promises(launch, target), byte_launch.trip_bytes(launch)
     else:
         operands = Operands(int4_kernel.sum_blocks, "i16", "i32")
         promises, stream_bytes = int4_promises(launch, target), int4_rule.trip_bytes(launch)
