@@ -36,11 +36,11 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
             f"expected [0, {(1 << bits) - 1}]: clamp before packing"
         )
     period = math.lcm(bits, WORD_BITS)  # bits after which codes and words line up again
-    fields = _split_last(codes.to(torch.int64), period // bits)
-    words = fields.new_zeros(*fields.shape[:-1], period // WORD_BITS)
+    fields = _split_last(codes, period // bits)
+    words = torch.zeros(*fields.shape[:-1], period // WORD_BITS, dtype=torch.int64)
     for i in range(period // bits):
         word, shift = divmod(i * bits, WORD_BITS)
-        shifted = fields[..., i] << shift
+        shifted = fields[..., i].to(torch.int64) << shift
         words[..., word] |= shifted & 0xFFFFFFFF
         if shift + bits > WORD_BITS:
             words[..., word + 1] |= shifted >> WORD_BITS

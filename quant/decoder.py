@@ -35,20 +35,6 @@ FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
 
-class ScratchMemory:
-    """Float32 memory that is reused: fresh pages cost more than the arithmetic on them."""
-
-    def __init__(self) -> None:
-        self._slots: dict[str, torch.Tensor] = {}
-
-    def take(self, slot: str, *shape: int) -> torch.Tensor:
-        """An uninitialised tensor, in the memory of what was taken from this slot before."""
-        size = torch.Size(shape).numel()
-        if slot not in self._slots or self._slots[slot].numel() < size:
-            self._slots[slot] = torch.empty(size)
-        return self._slots[slot][:size].view(shape)
-
-
 class Block:
     """One decoder block in float32; changing its modules' weights changes what it computes."""
 
@@ -99,6 +85,11 @@ class Block:
         for name in names:
             self.linear(name).register_forward_pre_hook(rounded)
 
+    def release_(self, names: Iterable[str]) -> None:
+        """Free the weights of linear layers, which nothing is computed with any more."""
+        for name in names:
+            self.linear(name).weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
     @contextmanager
     def unrounded(self) -> Iterator[None]:
         """Meanwhile no layer rounds its inputs."""
@@ -109,9 +100,12 @@ class Block:
             self._rounds_inputs = True
 
     def adds(self, stage: Stage) -> bool:
-        """Whether the output of a stage is added to the hidden states, and as it is."""
-        norms = {1: self.architecture.attention_norm, 3: self.architecture.mlp_norm}
-        return norms.get(self.stages.index(stage), "") is None
+        """Whether the outputs of a stage are added to the hidden states, and as they are."""
+        return stage in self.stages[1::2] and self._norm_behind(stage) is None
+
+    def _norm_behind(self, output: Stage) -> str | None:
+        is_attention = self.stages.index(output) == 1
+        return self.architecture.attention_norm if is_attention else self.architecture.mlp_norm
 
     def store_into(self, cache: Any) -> None:
         """Let attention hand its keys and values to a cache, one in transformers' sense."""
@@ -156,54 +150,25 @@ class Block:
         )
         return output
 
-    def walk_(
-        self, hidden: torch.Tensor, scratch: ScratchMemory
-    ) -> Iterator[tuple[Stage, torch.Tensor]]:
-        """Each stage with the inputs ``[S, T, K]`` of its linear layers, in order of execution.
+    def mix(self, output: Stage, normed: torch.Tensor) -> torch.Tensor:
+        """What the stage ``output``, the last of attention or of the MLP, receives.
 
-        The caller may replace the weights of a stage before it takes the next one, which then sees
-        their effect; the inputs are overwritten by then. At the end ``hidden`` is the output of the
-        block.
+        normed: a window ``[T, hidden_size]`` behind the norm before attention or MLP.
         """
-        attention, mlp = self.module("self_attn"), self.module("mlp")
-        into_attention, into_output, into_mlp, into_down = self.stages
-        num_windows, length, hidden_size = hidden.shape
+        parent, _, name = output.linears[0].rpartition(".")
+        module = self.module(parent)
+        with _bypassed(module, name):
+            if parent == "self_attn":
+                mixed: torch.Tensor = module(normed[None], **self._context)[0][0]
+            else:
+                mixed = module(normed)
+        return mixed
 
-        normed = scratch.take("hidden-sized", num_windows, length, hidden_size)
-        for window, out in zip(hidden, normed, strict=True):
-            out.copy_(self.module(into_attention.previous)(window))
-        yield into_attention, normed
-
-        width = self.linear(into_output.linears[0]).in_features
-        mixed = scratch.take("wide", num_windows, length, width)
-        with _bypassed(attention, "o_proj"):
-            for window, out in zip(normed, mixed, strict=True):
-                out.copy_(attention(window[None], **self._context)[0][0])
-        yield into_output, mixed
-
-        output = self.linear(into_output.linears[0])
-        for window, inputs, out in zip(hidden, mixed, normed, strict=True):
-            window.add_(self._normed(output(inputs), self.architecture.attention_norm))
-            out.copy_(self.module(into_mlp.previous)(window))
-        yield into_mlp, normed
-
-        width = self.linear(into_down.linears[0]).in_features
-        gated = scratch.take("wide", num_windows, length, width)
-        with _bypassed(mlp, "down_proj"):
-            for window, out in zip(normed, gated, strict=True):
-                out.copy_(mlp(window))
-        yield into_down, gated
-
-        down = self.linear(into_down.linears[0])
-        for window, inputs in zip(hidden, gated, strict=True):
-            window.add_(self._normed(down(inputs), self.architecture.mlp_norm))
-
-    def _normed(self, output: torch.Tensor, norm: str | None) -> torch.Tensor:
-        """An output as it is added to the hidden states."""
-        if norm is None:
-            return output
-        normed: torch.Tensor = self.module(norm)(output)
-        return normed
+    def add_(self, output: Stage, window: torch.Tensor, inputs: torch.Tensor) -> None:
+        """Add the outputs of such a stage to the hidden states ``[T, hidden_size]`` of a window."""
+        outputs = self.linear(output.linears[0])(inputs)
+        norm = self._norm_behind(output)
+        window.add_(outputs if norm is None else self.module(norm)(outputs))
 
 
 @contextmanager

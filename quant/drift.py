@@ -14,10 +14,13 @@ learned from few tokens must not be followed to the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+
+from qserve.quant.rounding import damped
+from qserve.quant.stacked_rows import Piece, pieces_of
 
 SHARE = 0.5
 """Share of the way from W to T."""
@@ -25,52 +28,76 @@ SHARE = 0.5
 DAMPING = 0.1
 """Share of the mean diagonal added to the Gram matrix before it is inverted."""
 
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """Where the quantized model has got to at a stage, and where the float one is.
-
-    received, exact: windows ``[T, K]`` of inputs X and F, in the same order. hidden: for an output
-    that is added to the hidden states as it is, windows ``[T, N]`` of R and of S; else None.
-    """
-
-    received: Iterable[torch.Tensor]
-    exact: Iterable[torch.Tensor]
-    hidden: tuple[torch.Tensor, torch.Tensor] | None
+HiddenPair = tuple[torch.Tensor, torch.Tensor]
+"""What an output is added to as it is, rows of R and of S, ``[T, N]``."""
 
 
-def aim(weight: torch.Tensor, gram: torch.Tensor, drift: Drift) -> torch.Tensor:
-    """The weights ``[N, K]`` to quantize instead of ``weight``.
+class Lack(Protocol):
+    """What a stage lacks because of the layers before it, added up over windows."""
+
+    def add(self, received: torch.Tensor, exact: torch.Tensor, hidden: HiddenPair | None) -> None:
+        """Add rows ``[T, K]`` of the inputs X and F."""
+
+    def settle_(self) -> None:
+        """Turn sums into means; nothing can be added afterwards."""
+
+    def of(self, piece: Piece) -> torch.Tensor:
+        """``(W (F - X)^T + (S - R)^T) X / T`` for some rows of W."""
+
+
+class LackingInputs:
+    """For a stage whose outputs go into other layers: S - R is not there."""
+
+    def __init__(self, num_inputs: int) -> None:
+        self._moment = torch.zeros(num_inputs, num_inputs)  # (F - X)^T X
+        self._num_rows = 0
+
+    def add(self, received: torch.Tensor, exact: torch.Tensor, hidden: HiddenPair | None) -> None:
+        """See ``Lack``."""
+        self._moment.addmm_((exact - received).T, received)
+        self._num_rows += len(received)
+
+    def settle_(self) -> None:
+        """See ``Lack``."""
+        self._moment.div_(max(self._num_rows, 1))
+
+    def of(self, piece: Piece) -> torch.Tensor:
+        """See ``Lack``."""
+        return piece.read() @ self._moment
+
+
+class LackingOutputs:
+    """For a layer ``weight [N, K]`` whose outputs are added to the hidden states."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._weight = weight
+        self._moment = torch.zeros_like(weight)
+        self._num_rows = 0
+
+    def add(self, received: torch.Tensor, exact: torch.Tensor, hidden: HiddenPair | None) -> None:
+        """See ``Lack``."""
+        assert hidden is not None
+        there, wanted = hidden
+        outputs = torch.addmm(wanted - there, exact - received, self._weight.T)
+        self._moment.addmm_(outputs.T, received)
+        self._num_rows += len(received)
+
+    def settle_(self) -> None:
+        """See ``Lack``."""
+        self._moment.div_(max(self._num_rows, 1))
+
+    def of(self, piece: Piece) -> torch.Tensor:
+        """See ``Lack``."""
+        return self._moment[piece.rows]
+
+
+def aim_(weights: Sequence[torch.Tensor], gram: torch.Tensor, lack: Lack) -> None:
+    """Replace the weights ``[N, K]`` of the layers of a stage by those to quantize instead.
 
     gram: of the inputs X, ``[K, K]``.
     """
-    lacking = _lacking_outputs if drift.hidden is not None else _lacking_inputs
-    damped = gram.clone()
-    damped.diagonal().add_(DAMPING * gram.diagonal().mean())
-    factor = torch.linalg.cholesky(damped)
-    change = torch.cholesky_solve(lacking(weight, drift).T, factor).T
-    return torch.add(weight, change, alpha=SHARE)
-
-
-def _lacking_inputs(weight: torch.Tensor, drift: Drift) -> torch.Tensor:
-    """``W (F - X)^T X / T``, ``[N, K]``."""
-    moment = weight.new_zeros(weight.shape[1], weight.shape[1])
-    num_rows = 0
-    for received, exact in zip(drift.received, drift.exact, strict=True):
-        moment.addmm_((exact - received).T, received)
-        num_rows += len(received)
-    return weight @ moment.div_(max(num_rows, 1))
-
-
-def _lacking_outputs(weight: torch.Tensor, drift: Drift) -> torch.Tensor:
-    """``(W (F - X)^T + (S - R)^T) X / T``, ``[N, K]``."""
-    assert drift.hidden is not None
-    moment = torch.zeros_like(weight)
-    num_rows = 0
-    for received, exact, hidden, wanted in zip(
-        drift.received, drift.exact, *drift.hidden, strict=True
-    ):
-        outputs = torch.addmm(wanted - hidden, exact - received, weight.T)
-        moment.addmm_(outputs.T, received)
-        num_rows += len(received)
-    return moment.div_(max(num_rows, 1))
+    lack.settle_()
+    factor = torch.linalg.cholesky(damped(gram, DAMPING))
+    for piece in pieces_of(weights):
+        change = torch.cholesky_solve(lack.of(piece).T, factor).T
+        piece.write_(torch.add(piece.read(), change, alpha=SHARE))

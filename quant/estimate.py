@@ -21,6 +21,7 @@ from qserve.quant.inspection import dtype_bits
 from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
 from qserve.quant.options import QuantizeOptions
 from qserve.quant.plan import Plan, SkippedLayer, make_plan
+from qserve.quant.stacked_rows import NUMBERS_AT_ONCE
 from qserve.quant.steps import Rounding, Transform
 from qserve.quant.target import StageSpec, divides
 
@@ -45,6 +46,10 @@ NEAREST_OPERATIONS = 40_000.0
 PLAIN_OPERATIONS = 3_000.0
 """For each weight, for what is no product (steps that wait for memory, mostly), with text and
 without. Measured on blocks of 512 and 1024 inputs: seconds times the speed of a large product."""
+
+PIECES = 8
+GRAM_MATRICES = 4
+"""Of what a run has at once of either kind, see `quant/stacked_rows.py` and `quant/rounding.py`."""
 
 PROBE = 512
 PROBE_SECONDS = 0.2
@@ -229,6 +234,7 @@ class _Costs:
         self._searched_tokens = -(-options.num_samples // stride) * options.seq_len
         self._hidden_size = block.linear(block.stages[0].linears[0]).in_features
         self._wide = max(self._width(stage) for stage in block.stages)
+        self._kept = max(self._width(stage) for stage in self._block.stages[1::2])
         self._rows = {stage.name: self._num_rows(stage) for stage in block.stages}
         self._num_models = 2 if profile.steps.follow_float_model else 1
         self.hidden_bytes = FLOAT_BYTES * self._num_models * self._tokens * self._hidden_size
@@ -241,17 +247,17 @@ class _Costs:
 
     @property
     def memory_bytes(self) -> int:
-        """The process as it is, a block, what rounding a stage needs, and the activations."""
+        """The process as it is, a block and its codes, what rounding some rows of a stage needs,
+        Gram matrices, and the activations."""
         process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         stages = self._block.stages
         weight = max(self._rows[stage.name] * self._width(stage) for stage in stages)
-        memory = FLOAT_BYTES * (self._parameters + 4 * weight)
+        numbers = PIECES * min(NUMBERS_AT_ONCE, weight)
         if self._profile.calibrated:
-            gram = max(self._width(stage) for stage in stages) ** 2
-            grams = sum(self._width(stage) ** 2 for stage in stages)
-            activations = self._tokens * (2 * self._hidden_size + self._wide) * self._num_models
-            activations += 2 * self._searched_tokens * self._hidden_size
-            memory += FLOAT_BYTES * (activations + grams + 3 * gram)
+            numbers += GRAM_MATRICES * self._wide**2
+            numbers += self._tokens * (self._num_models * self._hidden_size + self._kept)
+            numbers += 2 * self._searched_tokens * self._hidden_size
+        memory = FLOAT_BYTES * (self._parameters + numbers) + self._parameters
         return process + memory
 
     @property

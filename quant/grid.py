@@ -228,20 +228,18 @@ class Rounded:
         return self._natural(outside.flatten(1))
 
     def split(self, sizes: list[int]) -> list[Rounded]:
-        """The linear layers that were rounded as one, ``sizes`` rows each."""
+        """The linear layers that were rounded as one, ``sizes`` rows each; scales not nested."""
         grid = self.grid
+        outer = [None] * len(sizes) if grid.outer is None else grid.outer.split(sizes)
         return [
-            Rounded(
-                self.levels[rows],
-                Grid(
-                    grid.scales[rows],
-                    grid.zero_points[rows],
-                    grid.levels,
-                    outer=None if grid.outer is None else grid.outer[rows],
-                ),
-                self.input_order,
+            Rounded(levels, Grid(scales, zeros, grid.levels, outer=own), self.input_order)
+            for levels, scales, zeros, own in zip(
+                self.levels.split(sizes),
+                grid.scales.split(sizes),
+                grid.zero_points.split(sizes),
+                outer,
+                strict=True,
             )
-            for rows in torch.arange(len(self.levels)).split(sizes)
         ]
 
     def pack(self) -> QuantizedWeight:

@@ -196,7 +196,9 @@ class _Run:
         """Quantize, write and keep one block, of which nothing stays in memory."""
         length = 1 if self._hidden is None else self._hidden.shape[2]
         block = self._decoder.block(index, length)
-        record = self._write_block(block, self._quantize_block(block))
+        result = self._quantize_block(block)
+        block.release_(result.weights)
+        record = self._write_block(block, result)
         return self._state.commit(index, record, self._hidden)
 
     def _write_block(self, block: Block, result: BlockResult) -> BlockRecord:

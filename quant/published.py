@@ -9,7 +9,6 @@ import torch
 
 from qserve.quant.grid import Grid, LevelSet, Rounded, grid_over_all, rounding_difference
 from qserve.quant.objective import diagonal_blocks
-from qserve.quant.rounding import damped, inverse_factor
 from qserve.quant.scaling import ScaleChoice, ScaledStage, scale_from_logs
 
 NUM_EXPONENTS = 20
@@ -71,13 +70,13 @@ def shrink_grid(
 
 
 def round_columns(
-    weight: torch.Tensor, gram: torch.Tensor, group_size: int, levels: LevelSet, damping: float
+    weight: torch.Tensor, factor: torch.Tensor, group_size: int, levels: LevelSet
 ) -> Rounded:
     """GPTQ (Frantar et al. 2022, algorithm 1): columns in turn, errors taken up by the later ones.
 
     The grid of a group spans what its weights have become when the first of them is reached.
+    factor: U with ``U^T U = H^-1``, ``[K, K]``, of the damped Gram matrix H.
     """
-    factor = inverse_factor(damped(gram, damping))
     remaining = weight.T.clone()  # a column of the weight is a row here
     found = torch.empty_like(remaining)
     num_inputs = len(remaining)

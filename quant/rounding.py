@@ -1,10 +1,9 @@
 """The rounding step: which code each weight gets, once the grid of its group is fixed.
 
-All functions take a weight W ``[N, K]``, the Gram matrix H ``[K, K]`` of its inputs and a grid
-``[N, G]``, and give levels ``[N, G, group_size]`` that make ``tr((V - W) H (V - W)^T)`` small. The
-columns are visited by falling ``diag(H)``, the inputs that matter most first; as the grid is fixed
-beforehand, the order leaves no trace in what is stored. damping: share of the mean diagonal that is
-added to H first.
+The steps take a weight W ``[N, K]``, a visit of its columns, which is made of the Gram matrix H
+``[K, K]`` of its inputs, and a grid ``[N, G]``, and give levels ``[N, G, group_size]`` that make
+``tr((V - W) H (V - W)^T)`` small. The columns are visited by falling ``diag(H)``, the inputs that
+matter most first; as the grid is fixed beforehand, the order leaves no trace in what is stored.
 """
 
 from __future__ import annotations
@@ -24,15 +23,51 @@ COLUMNS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Visit:
+    """In which order columns are rounded, and what each does to the others; the same for all rows.
+
+    order: ``[K]``. gram: H ``[K, K]``, damped, in that order. factor: U, upper triangular, with
+    ``U^T U = gram^-1``.
+    """
+
+    order: torch.Tensor
+    gram: torch.Tensor
+    factor: torch.Tensor
+
+
+def plan_visit(gram: torch.Tensor, damping: float) -> Visit:
+    """The visit for H ``[K, K]`` with ``damping`` times its mean diagonal added to the diagonal.
+
+    That is made ten times as much as often as it takes to factor H in float32.
+    """
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    visited, factor = factor_damped(gram, damping, order)
+    return Visit(order, visited, factor)
+
+
+def factor_damped(
+    gram: torch.Tensor, damping: float, order: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """H, damped as much as it takes and in an order, and its ``inverse_factor``."""
+    while True:
+        visited = damped(gram, damping)
+        if order is not None:
+            visited = visited[order[:, None], order]
+        try:
+            return visited, inverse_factor(visited)
+        except ValueError:
+            damping *= DAMPING_GROWTH
+
+
+@dataclass(frozen=True, slots=True)
 class _Columns:
     """A weight in the order of the visit, one column a row, so that a column is contiguous.
 
-    weight ``[K, N]``, gram ``[K, K]`` (damped), order ``[K]``; scales of each group ``[G, N]``;
-    snap_: for each group, what makes levels of its units; groups: the group of each column visited.
+    weight ``[K, N]``; scales of each group ``[G, N]``; snap_: for each group, what makes levels of
+    its units; groups: the group of each column visited.
     """
 
     weight: torch.Tensor
-    gram: torch.Tensor
     order: torch.Tensor
     scales: torch.Tensor
     snap_: list[Callable[[torch.Tensor], torch.Tensor]]
@@ -82,40 +117,23 @@ def inverse_factor(gram: torch.Tensor) -> torch.Tensor:
     return upper
 
 
-def sufficient_damping(gram: torch.Tensor, damping: float) -> float:
-    """The first of ``damping``, 10 times that and so on with which H can be factored."""
-    while True:
-        try:
-            inverse_factor(damped(gram, damping))
-        except ValueError:
-            damping *= DAMPING_GROWTH
-        else:
-            return damping
-
-
-def _in_visiting_order(
-    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, damping: float
-) -> _Columns:
-    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+def _in_visiting_order(weight: torch.Tensor, visit: Visit, grid: Grid) -> _Columns:
     return _Columns(
-        weight=weight.T[order].contiguous(),
-        gram=damped(gram, damping)[order][:, order],
-        order=order,
+        weight=weight.T[visit.order].contiguous(),
+        order=visit.order,
         scales=grid.scales.T.contiguous(),
         snap_=[snapper(grid.levels, zeros) for zeros in grid.zero_points.T.contiguous()],
-        groups=(order // (weight.shape[1] // grid.scales.shape[1])).tolist(),
+        groups=(visit.order // (weight.shape[1] // grid.scales.shape[1])).tolist(),
     )
 
 
-def feed_errors_back(
-    weight: torch.Tensor, gram: torch.Tensor, grid: Grid, damping: float
-) -> torch.Tensor:
+def feed_errors_back(weight: torch.Tensor, visit: Visit, grid: Grid) -> torch.Tensor:
     """Levels found column by column, the error of each taken up by the columns still to come.
 
     (GPTQ, Frantar et al. 2022, algorithm 1, with the groups fixed beforehand.)
     """
-    columns = _in_visiting_order(weight, gram, grid, damping)
-    factor = inverse_factor(columns.gram)
+    columns = _in_visiting_order(weight, visit, grid)
+    factor = visit.factor
     pivots = factor.diagonal().tolist()
     remaining = columns.weight
     num_columns, num_rows = remaining.shape
@@ -133,21 +151,17 @@ def feed_errors_back(
 
 
 def descend(
-    weight: torch.Tensor,
-    gram: torch.Tensor,
-    grid: Grid,
-    levels: torch.Tensor,
-    num_passes: int,
-    damping: float,
+    weight: torch.Tensor, visit: Visit, grid: Grid, levels: torch.Tensor, num_passes: int
 ) -> torch.Tensor:
     """Levels improved by coordinate descent: each column to its best level given all the others.
 
     No pass makes the (damped) error larger.
     """
-    columns = _in_visiting_order(weight, gram, grid, damping)
+    columns = _in_visiting_order(weight, visit, grid)
+    gram = visit.gram
     current = (levels * grid.scales[..., None]).flatten(1).T[columns.order].contiguous()
-    gradient = columns.gram @ (current - columns.weight)  # half of it, [K, N]
-    diagonal = columns.gram.diagonal().tolist()
+    gradient = gram @ (current - columns.weight)  # half of it, [K, N]
+    diagonal = gram.diagonal().tolist()
     num_columns, num_rows = current.shape
     level = torch.empty(num_rows)
     changes = torch.empty(COLUMNS_AT_ONCE, num_rows)
@@ -161,7 +175,7 @@ def descend(
                 columns.nearest_(target, i, out=level).mul_(columns.scale_of(i))
                 change = torch.sub(level, current[i], out=changes[i - start])
                 current[i].copy_(level)
-                following = columns.gram[i, i + 1 : end, None]
+                following = gram[i, i + 1 : end, None]
                 local[i + 1 - start :].addcmul_(following, change)
-            gradient.addmm_(columns.gram[:, start:end], changes[: end - start])
+            gradient.addmm_(gram[:, start:end], changes[: end - start])
     return columns.restore(columns.levels_of(current))

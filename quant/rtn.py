@@ -9,12 +9,15 @@ from __future__ import annotations
 import torch
 
 from qserve.quant.block_result import BlockResult
+from qserve.quant.codes import join_rows
 from qserve.quant.decoder import Block
 from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.grid import ChooseGrid, Rounded, grid_over_all, nearest_levels
 from qserve.quant.plan import Plan
 from qserve.quant.report import LayerReport, relative_error
+from qserve.quant.stacked_rows import pieces_of
 from qserve.quant.steps import Rounding
+from qserve.quant.target import StageSpec
 
 
 def quantize_block(
@@ -29,13 +32,7 @@ def quantize_block(
             continue
         for name in stage.linears:
             weight = block.linear(name).weight.detach()
-            groups = weight.unflatten(1, (-1, spec.group_size))
-            grid = choose_grid(groups, spec.levels).settled()
-            rounded = Rounded(nearest_levels(groups, grid), grid)
-            weights[name] = rounded.pack()
-            energy = float(weight.square().sum(dtype=torch.float64))
-            difference = rounded.values().sub_(weight)
-            error = relative_error(float(difference.square().sum(dtype=torch.float64)), energy)
+            weights[name], error = _round(weight, spec, choose_grid)
             layers.append(
                 LayerReport(
                     name=block.full_name(name),
@@ -52,3 +49,20 @@ def quantize_block(
                 )
             )
     return BlockResult(weights, tuple(layers), error=None)
+
+
+def _round(
+    weight: torch.Tensor, spec: StageSpec, choose_grid: ChooseGrid
+) -> tuple[QuantizedWeight, float]:
+    """The codes of a weight ``[N, K]``, and their squared error relative to it."""
+    codes = []
+    energy = error = 0.0
+    for piece in pieces_of([weight], whole=spec.levels.nested):
+        rows = piece.read()
+        groups = rows.unflatten(1, (-1, spec.group_size))
+        grid = choose_grid(groups, spec.levels).settled()
+        rounded = Rounded(nearest_levels(groups, grid), grid)
+        codes.append(rounded.pack())
+        energy += float(rows.square().sum(dtype=torch.float64))
+        error += float(rounded.values().sub_(rows).square_().sum(dtype=torch.float64))
+    return join_rows(codes), relative_error(error, energy)

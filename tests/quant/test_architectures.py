@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from qserve.quant.architecture import ARCHITECTURES
-from qserve.quant.decoder import Decoder, ScratchMemory
+from qserve.quant.decoder import Decoder
 from qserve.quant.errors import UnsupportedModelError
 from qserve.quant.evaluate import evaluate
 from qserve.quant.folding import fold_, sharing_of
@@ -31,6 +31,7 @@ from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import Method, QuantizeOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import ignore_progress
+from qserve.quant.walk import ScratchMemory, walk_
 
 MakeLlama = Callable[..., Path]
 LENGTH = 40
@@ -119,7 +120,7 @@ def test_a_walk_ends_where_a_run_does(folder: Path) -> None:
     walked = ran.clone()
     block = decoder.block(1, LENGTH)
     block.run_(ran)
-    names = [name for stage, _ in block.walk_(walked, ScratchMemory()) for name in stage.linears]
+    names = [name for stage, _ in walk_(block, walked, ScratchMemory()) for name in stage.linears]
     torch.testing.assert_close(walked, ran)
     linears = {name for name, module in block.layer.named_modules() if hasattr(module, "bias")}
     assert set(names) == linears  # every linear layer of the block belongs to a stage

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qserve.quant.decoder import Decoder, ScratchMemory
+from qserve.quant.decoder import Decoder
 from qserve.quant.errors import CheckpointError, UnsupportedModelError
 from qserve.quant.formats.checkpoint import Checkpoint
 
@@ -74,44 +74,6 @@ def test_blocks_compute_what_transformers_computes(
     ids = random_ids(decoder.config.vocab_size)
     expected = logits_by_transformers(folder, ids)
     torch.testing.assert_close(logits_by_blocks(decoder, ids), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_walk_ends_where_a_run_does_and_shows_the_inputs_of_every_stage(
-    decoder: Decoder, hidden_states: Callable[[Decoder], torch.Tensor]
-) -> None:
-    hidden = hidden_states(decoder)
-    block = decoder.block(1, hidden.shape[1])
-    seen: dict[str, torch.Tensor] = {}
-    names = [name for stage in block.stages for name in stage.linears]
-    hooks = [
-        block.linear(name).register_forward_pre_hook(
-            lambda _, args, name=name: seen.update({name: args[0]})
-        )
-        for name in names
-    ]
-    expected = hidden.clone()
-    block.run_(expected)  # the hooks keep the inputs of the last window
-    last = dict(seen)
-    for hook in hooks:
-        hook.remove()
-    for stage, inputs in block.walk_(hidden, ScratchMemory()):
-        for name in stage.linears:
-            torch.testing.assert_close(inputs[-1], last.pop(name)[0])
-    assert last == {}
-    torch.testing.assert_close(hidden, expected)
-
-
-def test_later_stages_see_weights_replaced_on_the_way(
-    decoder: Decoder, hidden_states: Callable[[Decoder], torch.Tensor]
-) -> None:
-    walked = hidden_states(decoder)
-    expected = walked.clone()
-    block = decoder.block(0, walked.shape[1])
-    for stage, _ in block.walk_(walked, ScratchMemory()):
-        for name in stage.linears:
-            block.linear(name).weight.mul_(1.1)
-    block.run_(expected)
-    torch.testing.assert_close(walked, expected)
 
 
 @pytest.mark.parametrize(

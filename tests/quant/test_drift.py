@@ -9,7 +9,7 @@ import torch
 
 from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.decoder import Decoder
-from qserve.quant.drift import DAMPING, SHARE, Drift, aim
+from qserve.quant.drift import DAMPING, SHARE, HiddenPair, LackingInputs, LackingOutputs, aim_
 from qserve.quant.methods import profile_of
 from qserve.quant.objective import GramMatrix
 from qserve.quant.options import Method, QuantizeOptions
@@ -24,6 +24,19 @@ def gram_of(inputs: torch.Tensor) -> torch.Tensor:
     gram = GramMatrix(inputs.shape[-1])
     gram.add(inputs)
     return gram.mean()
+
+
+def aim(
+    weight: torch.Tensor, received: torch.Tensor, exact: torch.Tensor, hidden: HiddenPair | None
+) -> torch.Tensor:
+    """The weights to aim at, for windows of inputs X and F, and of R and S or none."""
+    lack = LackingInputs(INPUTS) if hidden is None else LackingOutputs(weight)
+    for index, (rows, others) in enumerate(zip(received, exact, strict=True)):
+        pair = None if hidden is None else (hidden[0][index], hidden[1][index])
+        lack.add(rows, others, pair)
+    found = weight.clone()
+    aim_([found[:8], found[8:]], gram_of(received), lack)
+    return found
 
 
 @pytest.fixture
@@ -47,14 +60,14 @@ def test_without_drift_the_aim_is_the_weight_itself(
 ) -> None:
     hidden = torch.randn(NUM_WINDOWS, LENGTH, OUTPUTS)
     for pair in (None, (hidden, hidden)):
-        assert torch.equal(aim(weight, gram_of(inputs), Drift(inputs, inputs, pair)), weight)
+        assert torch.equal(aim(weight, inputs, inputs, pair), weight)
 
 
 def test_what_the_inputs_have_lost_is_made_up_for_by_half(
     inputs: torch.Tensor, weight: torch.Tensor
 ) -> None:
     shrinking = 0.9  # the inputs came out too small: larger weights put that right
-    found = aim(weight, gram_of(shrinking * inputs), Drift(shrinking * inputs, inputs, None))
+    found = aim(weight, shrinking * inputs, inputs, None)
     left = (shrinking * inputs @ found.T - inputs @ weight.T).square().sum()
     before = (shrinking * inputs @ weight.T - inputs @ weight.T).square().sum()
     share = SHARE / (1 + DAMPING)
@@ -66,7 +79,7 @@ def test_what_the_hidden_states_have_lost_is_made_up_for_by_the_output(
 ) -> None:
     lost = inputs @ torch.randn(INPUTS, OUTPUTS)
     hidden = torch.randn(NUM_WINDOWS, LENGTH, OUTPUTS)
-    found = aim(weight, gram_of(inputs), Drift(inputs, inputs, (hidden, hidden + lost)))
+    found = aim(weight, inputs, inputs, (hidden, hidden + lost))
     left = (inputs @ (found - weight).T - lost).square().sum()
     share = SHARE / (1 + DAMPING)
     assert left / lost.square().sum() == pytest.approx((1 - share) ** 2, abs=0.02)

@@ -8,7 +8,7 @@ import torch
 from qserve.quant.grid import LevelSet, Zero, grid_over_all, nearest_levels, rounding_difference
 from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.published import PublishedScaleSearch, round_columns, shrink_grid
-from qserve.quant.rounding import damped
+from qserve.quant.rounding import damped, factor_damped
 from qserve.quant.scaling import HeadSharing, ScaledStage
 
 GROUP_SIZE = 16
@@ -48,7 +48,7 @@ def round_one_by_one(weight: torch.Tensor, gram: torch.Tensor, levels: LevelSet)
 def test_columns_are_rounded_as_optimal_brain_surgery_does(zero: Zero) -> None:
     weight, _, gram = problem()
     levels = LevelSet(zero=zero)
-    found = round_columns(weight, gram, GROUP_SIZE, levels, DAMPING)
+    found = round_columns(weight, factor_damped(gram, DAMPING)[1], GROUP_SIZE, levels)
     expected = round_one_by_one(weight, gram, levels)
     # A weight half way between two levels may go either way, and takes the later ones with it.
     same = (found.values() - expected).abs() < 1e-3
@@ -57,7 +57,7 @@ def test_columns_are_rounded_as_optimal_brain_surgery_does(zero: Zero) -> None:
 
 def test_rows_that_are_one_group_have_the_range_of_the_weights() -> None:
     weight, _, gram = problem()
-    found = round_columns(weight, gram, 64, LevelSet(), DAMPING)
+    found = round_columns(weight, factor_damped(gram, DAMPING)[1], 64, LevelSet())
     assert torch.equal(found.grid.scales, grid_over_all(weight[:, None], LevelSet()).scales)
     nearest = rounding_difference(weight[:, None], found.grid)[:, 0]
     errors = [float(output_errors(d, gram).sum()) for d in (found.values() - weight, nearest)]

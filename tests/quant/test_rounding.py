@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from qserve.quant.codes import choose_codes
+from qserve.quant.codes import Coder
 from qserve.quant.grid import Grid, LevelSet, grid_over_all, nearest_levels
 from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.refit import refit_scales
@@ -16,7 +16,7 @@ from qserve.quant.rounding import (
     descend,
     feed_errors_back,
     inverse_factor,
-    sufficient_damping,
+    plan_visit,
 )
 from qserve.quant.steps import DEFAULT_DAMPING, Rounding, Steps
 
@@ -61,7 +61,7 @@ def assert_on_grid(grid: Grid, levels: torch.Tensor) -> None:
 
 def test_feeding_errors_back_beats_rounding_each_weight_alone() -> None:
     weight, gram, grid, nearest = problem()
-    levels = feed_errors_back(weight, gram, grid, DAMPING)
+    levels = feed_errors_back(weight, plan_visit(gram, DAMPING), grid)
     assert_on_grid(grid, levels)
     found, alone = errors(weight, gram, grid, levels), errors(weight, gram, grid, nearest)
     assert float(found.sum()) < 0.5 * float(alone.sum())
@@ -82,24 +82,25 @@ def test_feedback_is_the_published_recursion() -> None:
         expected[:, i] = torch.minimum(torch.maximum(code, -zeros[:, i]), 15 - zeros[:, i])
         error = (values[:, i] - expected[:, i] * scales[:, i]) / inverse[0, 0]
         values[:, i:] -= error[:, None] * inverse[0]
-    found = feed_errors_back(weight, gram, grid, DAMPING).flatten(1)[:, order]
+    found = feed_errors_back(weight, plan_visit(gram, DAMPING), grid).flatten(1)[:, order]
     # A tie in float32 may fall to the other side and then sends its row another way.
     assert float((found == expected).all(1).double().mean()) > 0.9
 
 
 def test_without_correlation_every_weight_is_rounded_to_the_nearest() -> None:
     weight, _, grid, nearest = problem()
-    gram = torch.diag(normal(160).exp())
-    assert torch.equal(feed_errors_back(weight, gram, grid, DAMPING), nearest)
-    assert torch.equal(descend(weight, gram, grid, nearest, 3, DAMPING), nearest)
+    visit = plan_visit(torch.diag(normal(160).exp()), DAMPING)
+    assert torch.equal(feed_errors_back(weight, visit, grid), nearest)
+    assert torch.equal(descend(weight, visit, grid, nearest, 3), nearest)
 
 
 def test_no_pass_of_descent_makes_a_row_worse() -> None:
     weight, gram, grid, levels = problem()
+    visit = plan_visit(gram, DAMPING)
     before = errors(weight, damped(gram, DAMPING), grid, levels)
     first = before
     for _ in range(4):
-        levels = descend(weight, gram, grid, levels, 1, DAMPING)
+        levels = descend(weight, visit, grid, levels, 1)
         assert_on_grid(grid, levels)
         after = errors(weight, damped(gram, DAMPING), grid, levels)
         assert bool((after <= before * (1 + 1e-5)).all())
@@ -109,7 +110,8 @@ def test_no_pass_of_descent_makes_a_row_worse() -> None:
 
 def test_descent_ends_where_no_single_code_can_be_improved() -> None:
     weight, gram, grid, levels = problem(64)
-    levels = descend(weight, gram, grid, levels, 30, DAMPING)
+    visit = plan_visit(gram, DAMPING)
+    levels = descend(weight, visit, grid, levels, 30)
     reached = errors(weight, damped(gram, DAMPING), grid, levels)
     for column, change in itertools.product(range(64), (-1, 1)):
         tried = levels.clone()
@@ -122,9 +124,10 @@ def test_descent_ends_where_no_single_code_can_be_improved() -> None:
 
 def test_two_passes_are_one_after_the_other() -> None:
     weight, gram, grid, levels = problem()
-    once = descend(weight, gram, grid, levels, 1, DAMPING)
-    again = descend(weight, gram, grid, once, 1, DAMPING)
-    both = descend(weight, gram, grid, levels, 2, DAMPING)
+    visit = plan_visit(gram, DAMPING)
+    once = descend(weight, visit, grid, levels, 1)
+    again = descend(weight, visit, grid, once, 1)
+    both = descend(weight, visit, grid, levels, 2)
     assert float((again == both).double().mean()) > 0.999
 
 
@@ -171,9 +174,9 @@ def test_the_steps_together_beat_a_searched_range_alone(num_inputs: int) -> None
     found = {
         rounding: float(
             output_errors(
-                choose_codes(
-                    weight, gram, GROUP_SIZE, LevelSet(), Steps(rounding=rounding)
-                ).values()
+                Coder(gram, GROUP_SIZE, LevelSet(), Steps(rounding=rounding))
+                .choose(weight)
+                .values()
                 - weight,
                 gram,
             ).sum()
@@ -187,16 +190,16 @@ def test_the_steps_together_beat_a_searched_range_alone(num_inputs: int) -> None
 def test_groups_of_important_inputs_suit_them_at_least_as_well() -> None:
     weight, gram, _, _ = problem()
     steps = Steps(activation_order=True)
-    found = choose_codes(weight, gram, GROUP_SIZE, LevelSet(), steps)
+    found = Coder(gram, GROUP_SIZE, LevelSet(), steps).choose(weight)
     order = gram.diagonal().argsort(descending=True, stable=True)
     assert found.input_order is not None and torch.equal(found.input_order, order)
     packed = found.pack()
     torch.testing.assert_close(packed.dequantize(), found.values(), rtol=2e-3, atol=1e-6)
     error = output_errors(found.values() - weight, gram).sum()
     nearest = output_errors(
-        choose_codes(
-            weight, gram, GROUP_SIZE, LevelSet(), Steps(rounding=Rounding.NEAREST)
-        ).values()
+        Coder(gram, GROUP_SIZE, LevelSet(), Steps(rounding=Rounding.NEAREST))
+        .choose(weight)
+        .values()
         - weight,
         gram,
     ).sum()
@@ -208,7 +211,9 @@ def test_damping_grows_until_the_gram_matrix_can_be_factored() -> None:
     gram = few.T @ few * 1e4
     with pytest.raises(ValueError, match="not positive definite"):
         inverse_factor(damped(gram, 1e-9))
-    found = sufficient_damping(gram, 1e-9)
-    assert found > 1e-9
-    assert bool(torch.isfinite(inverse_factor(damped(gram, found))).all())
-    assert sufficient_damping(correlated_gram(64), DAMPING) == DAMPING
+    visit = plan_visit(gram, 1e-9)
+    assert bool(torch.isfinite(visit.factor).all())
+    assert float(visit.gram.diagonal().mean()) > (1 + 1e-8) * float(gram.diagonal().mean())
+    definite = correlated_gram(64)
+    visit = plan_visit(definite, DAMPING)
+    assert torch.equal(visit.gram, damped(definite, DAMPING)[visit.order][:, visit.order])

@@ -1,0 +1,118 @@
+"""One block, stage by stage: what its linear layers receive, window by window.
+
+The float model may be walked beside the quantized one. Memory is one buffer as wide as the inputs
+of the output layer of attention or of the MLP, whichever is wider, for both models: it holds what
+the float model gives that layer, and as each window of the quantized model is made, that takes the
+place of the float one, which has been used by then. Everything else is made again for each window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from qserve.quant.architecture import Stage
+from qserve.quant.decoder import Block
+
+
+class ScratchMemory:
+    """Float32 memory that is reused: fresh pages cost more than the arithmetic on them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def take(self, *shape: int) -> torch.Tensor:
+        """An uninitialised tensor, in the memory of what was taken before."""
+        size = torch.Size(shape).numel()
+        if self._memory.numel() < size:
+            self._memory = torch.empty(0)  # freed before there is more
+            self._memory = torch.empty(size)
+        return self._memory[:size].view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One window at a stage.
+
+    index: of the window. received: ``[T, K]``, what the layers of the stage read. exact: what they
+    read in the float model; None without one. hidden: for a stage whose output is added to the
+    hidden states as it is, these before that, ``[T, N]``, of the quantized and of the float model;
+    else None.
+    """
+
+    index: int
+    received: torch.Tensor
+    exact: torch.Tensor | None = None
+    hidden: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+def walk_(
+    block: Block,
+    hidden: torch.Tensor,
+    scratch: ScratchMemory,
+    exact: torch.Tensor | None = None,
+) -> Iterator[tuple[Stage, Iterator[Seen]]]:
+    """Each stage with its windows, in order of execution.
+
+    hidden, exact: ``[S, T, hidden_size]``, what enters the block in the quantized model and in the
+    float one; at the end they are what leaves it. The caller may replace the weights of a stage
+    when it has seen all of its windows, and the quantized model goes on with the new ones; the
+    float model runs on the weights that it finds when the windows are seen, without rounded
+    activations. What was shown is overwritten when the next window is asked for.
+    """
+    into_attention, into_output, into_mlp, into_down = block.stages
+    for first, output in ((into_attention, into_output), (into_mlp, into_down)):
+        kept = scratch.take(*hidden.shape[:2], block.linear(output.linears[0]).in_features)
+        for stage, windows in (
+            (first, _see_normed(block, first, output, hidden, exact, kept)),
+            (output, _see_mixed(block, first, output, hidden, exact, kept)),
+        ):
+            yield stage, windows
+            for _ in windows:
+                pass  # what the caller did not look at is computed all the same
+        for window, inputs in zip(hidden, kept, strict=True):
+            block.add_(output, window, inputs)
+
+
+def _see_normed(
+    block: Block,
+    first: Stage,
+    output: Stage,
+    hidden: torch.Tensor,
+    exact: torch.Tensor | None,
+    kept: torch.Tensor,
+) -> Iterator[Seen]:
+    """The windows before attention or MLP; ``kept`` becomes what the float model makes of them."""
+    norm = block.module(first.previous)
+    for index, window in enumerate(hidden):
+        if exact is None:
+            yield Seen(index, norm(window))
+            continue
+        beside = norm(exact[index])
+        yield Seen(index, norm(window), beside)
+        with block.unrounded():
+            kept[index].copy_(block.mix(output, beside))
+
+
+def _see_mixed(
+    block: Block,
+    first: Stage,
+    output: Stage,
+    hidden: torch.Tensor,
+    exact: torch.Tensor | None,
+    kept: torch.Tensor,
+) -> Iterator[Seen]:
+    """The windows before the output layer, which ``kept`` becomes; ``exact`` goes on behind it."""
+    norm = block.module(first.previous)
+    for index, window in enumerate(hidden):
+        received = block.mix(output, norm(window))
+        if exact is not None:
+            pair = (window, exact[index]) if block.adds(output) else None
+            yield Seen(index, received, kept[index], pair)
+            with block.unrounded():
+                block.add_(output, exact[index], kept[index])
+        kept[index].copy_(received)
+        if exact is None:
+            yield Seen(index, kept[index])
