@@ -73,7 +73,7 @@ class GroupedWeight:
         """The float32 weight ``[out_features, in_features]`` that the codes stand for, its columns
         in the order of the inputs."""
         groups = self.codes.reshape(*self.scales.shape, self.group_size).float()
-        groups = groups - self.zero_points[..., None].float()
+        groups -= self.zero_points[..., None]
         dense = (groups * self.scales[..., None].float()).flatten(1)
         if self.channel_scales is not None:
             dense *= self.channel_scales[:, None]

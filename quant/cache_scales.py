@@ -70,15 +70,25 @@ class _Seen:
 
 def least_loss(numbers: torch.Tensor, kind: Kind) -> torch.Tensor:
     """The scale of each row ``[R, n]`` that stores it with the least squared error: ``[R]``."""
-    top = MAX_INT8 if kind is Kind.INT else MAX_FLOAT8
+    top = _largest_code(kind)
     largest = numbers.abs().amax(1).clamp(min=MIN_SCALE)
     best = torch.full_like(largest, torch.inf)
     scales = largest / top
     for share in torch.linspace(1, SMALLEST_SHARE, NUM_CANDIDATES).tolist():
         candidate = largest * share / top
-        codes = (numbers / candidate[:, None]).clamp_(-top, top)
-        codes = codes.round_() if kind is Kind.INT else codes.to(torch.float8_e4m3fn).float()
-        error = codes.mul_(candidate[:, None]).sub_(numbers).square_().sum(1)
+        error = round_by(numbers, candidate[:, None], kind).sub_(numbers).square_().sum(1)
         scales = torch.where(error < best, candidate, scales)
         best = torch.minimum(error, best)
     return scales
+
+
+def round_by(numbers: torch.Tensor, scales: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """Numbers stored with scales and read back; what exceeds the largest code becomes it."""
+    top = _largest_code(kind)
+    codes = (numbers / scales).clamp_(-top, top)
+    codes = codes.round_() if kind is Kind.INT else codes.to(torch.float8_e4m3fn).float()
+    return codes.mul_(scales)
+
+
+def _largest_code(kind: Kind) -> float:
+    return MAX_INT8 if kind is Kind.INT else MAX_FLOAT8

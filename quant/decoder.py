@@ -184,7 +184,7 @@ def _bypassed(parent: nn.Module, name: str) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class OutputHead:
-    """The output matrix ``[vocab_size, hidden_size]``, float32.
+    """The output matrix ``[vocab_size, hidden_size]``, in the type that products are computed in.
 
     soft_cap: of Gemma 2's logits x, which become ``soft_cap * tanh(x / soft_cap)``; None leaves
     them as they are. activations: what hidden states are rounded to, None for not at all.
@@ -195,11 +195,15 @@ class OutputHead:
     activations: Activations | None
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits ``[..., vocab_size]`` of normed hidden states ``[..., hidden_size]``."""
+        """Logits ``[..., vocab_size]``, float32, of normed hidden states ``[..., hidden_size]``.
+
+        out: memory for the product, in the type of the matrix.
+        """
         if self.activations is not None:
             rows = hidden.flatten(0, -2)
             hidden = round_activations(rows, self.activations).view_as(hidden)
-        logits: torch.Tensor = torch.matmul(hidden, self.weight.T, out=out)
+        hidden = hidden.to(self.weight.dtype)
+        logits: torch.Tensor = torch.matmul(hidden, self.weight.T, out=out).float()
         if self.soft_cap is not None:
             logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return logits
@@ -308,7 +312,7 @@ class Decoder:
         return norm.requires_grad_(False)
 
     def head(self) -> OutputHead:
-        """What makes logits of normed hidden states."""
+        """What makes logits of normed hidden states, in float32."""
         name = EMBEDDING if self.is_tied else HEAD
         stored = self.checkpoint.linear(name.removesuffix(".weight"))
         is_float = isinstance(stored, torch.Tensor)

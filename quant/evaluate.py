@@ -82,15 +82,24 @@ def evaluate(
         )
     token_ids = tokenize((base or model).folder, text)
     windows = spread_windows(token_ids, num_windows, seq_len)
-    report = Pace(progress, Phase.EVALUATE, sum(d.num_blocks for d in decoders) + len(windows))
-    outputs = [final_hidden(decoder, windows, report.step) for decoder in decoders]
-    scores = _score(decoders, outputs, windows, report)
-    evaluation = _summarize(scores, windows, base is not None)
+    evaluation = compare(decoders, windows, progress)
     return replace(
         evaluation,
         activations=None if model.activations is None else model.activations.value,
         seconds=time.perf_counter() - started,
     )
+
+
+def compare(
+    decoders: list[Decoder], windows: torch.Tensor, progress: ProgressCallback
+) -> Evaluation:
+    """Judge the last of two decoders against the first, or one alone, on windows ``[S, T]``."""
+    started = time.perf_counter()
+    report = Pace(progress, Phase.EVALUATE, sum(d.num_blocks for d in decoders) + len(windows))
+    outputs = [final_hidden(decoder, windows, report.step) for decoder in decoders]
+    scores = _score(decoders, outputs, windows, report)
+    evaluation = _summarize(scores, windows, has_base=len(decoders) > 1)
+    return replace(evaluation, seconds=time.perf_counter() - started)
 
 
 def final_hidden(decoder: Decoder, windows: torch.Tensor, step: Callable[[], None]) -> torch.Tensor:

@@ -103,8 +103,14 @@ class TuningReport:
     seconds: float
 
     def __str__(self) -> str:
-        kept = f"step {self.kept_step} of {self.steps}" if self.kept_step else "nothing was better"
-        return f"KL {self.kl_before:.4f} to {self.kl_after:.4f} on held-back text ({kept})"
+        if not self.steps:
+            return f"no step: getting ready took {self.seconds:.0f} s, give more minutes"
+        if not self.kept_step:
+            return (
+                f"KL {self.kl_before:.4f} on held-back text, none of {self.steps} steps was better"
+            )
+        change = f"KL {self.kl_before:.4f} to {self.kl_after:.4f} on held-back text"
+        return f"{change} after {self.kept_step} of {self.steps} steps, {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True, slots=True)

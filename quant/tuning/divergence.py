@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from qserve.quant.decoder import OutputHead
@@ -14,11 +16,16 @@ class Divergence:
     """KL(float || tuned) in nats, by what the output heads of the two models receive.
 
     Hidden states are float32 ``[..., hidden_size]``, normed; means are over all positions.
+    arithmetic: the type of products where a gradient is asked for.
     """
 
-    def __init__(self, float_head: OutputHead, tuned_head: OutputHead) -> None:
-        self._float_head = float_head
-        self._tuned_head = tuned_head
+    def __init__(
+        self, float_head: OutputHead, tuned_head: OutputHead, arithmetic: torch.dtype
+    ) -> None:
+        self._exact = float_head, tuned_head
+        self._fast = tuple(
+            replace(head, weight=head.weight.to(arithmetic)) for head in (float_head, tuned_head)
+        )
 
     def mean(self, target: torch.Tensor, hidden: torch.Tensor) -> float:
         """How far ``hidden`` is from the float model's ``target``."""
@@ -34,12 +41,12 @@ class Divergence:
         self, target: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor | None
     ) -> float:
         """The sum over positions, whose gradient is written to ``gradient``."""
+        float_head, head = self._exact if gradient is None else self._fast
         targets, rows = target.flatten(0, -2), hidden.flatten(0, -2)
-        head = self._tuned_head
         total = 0.0
         for start in range(0, len(rows), POSITIONS_AT_ONCE):
             piece = slice(start, start + POSITIONS_AT_ONCE)
-            expected = torch.log_softmax(self._float_head.logits(targets[piece]), -1)
+            expected = torch.log_softmax(float_head.logits(targets[piece]), -1)
             logits = head.logits(rows[piece])
             found = torch.log_softmax(logits, -1)
             probabilities = expected.exp()
@@ -48,5 +55,5 @@ class Divergence:
                 excess = found.exp_().sub_(probabilities)  # the gradient in the logits
                 if head.soft_cap is not None:
                     excess *= 1 - (logits / head.soft_cap).square_()
-                torch.mm(excess, head.weight, out=gradient.flatten(0, -2)[piece])
+                gradient.flatten(0, -2)[piece] = torch.mm(excess.to(head.weight.dtype), head.weight)
         return total

@@ -30,9 +30,15 @@ from qserve.quant.tuning.tuned_decoder import State, TunedDecoder
 from qserve.quant.tuning.windows import TuningWindows
 
 WINDOWS_AT_ONCE = 2
-LEARNING_RATE = 1e-3
-WARM_UP_STEPS = 10
+TARGETS_AT_ONCE = 4 * WINDOWS_AT_ONCE
+"""Windows that the float model reads together: it is read from the disk every time."""
+
+LEARNING_RATE = 2e-3
+WARM_UP_STEPS = 5
 BETAS = (0.9, 0.99)
+EPSILON = 1e-15
+"""Far below any gradient: of a share it is the smaller, the more scales there are."""
+
 AVERAGE_POWER = 8
 """How much later states weigh more in the average: step k weighs about ``(k / n)^8``."""
 
@@ -56,7 +62,9 @@ def tune(
     format of ``folder``. Raises ``CheckpointError`` for a damaged source.
     """
     clock = _Clock(options, progress)
+    clock.report(0)
     session = _Session(Checkpoint(folder), source, windows)
+    clock.note_ready()
     before = best = session.judge(0)
     clock.note_judgement()
     step, goes_on = 0, clock.allows(0)
@@ -98,21 +106,18 @@ class _Session:
         self._tuned = TunedDecoder(packed, self.arithmetic)
         self._float = Decoder(source)
         self._windows = windows
-        self._divergence = Divergence(self._float.head(), self._tuned.head())
+        self._divergence = Divergence(self._float.head(), self._tuned.head(), self.arithmetic)
         self._expected = final_hidden(self._float, windows.held_back, _nothing)
-        self._targets: dict[int, torch.Tensor] = {}
         self._average = self._tuned.unmoved()
         self._state = {n: share.clone().requires_grad_() for n, share in self._average.items()}
-        self._optimizer = torch.optim.Adam(self._state.values(), betas=BETAS)
-        self._order = _shuffled(len(windows.learned))
+        self._optimizer = torch.optim.Adam(self._state.values(), betas=BETAS, eps=EPSILON)
+        self._lessons = self._lessons_in_turn()
 
     def learn(self, step: int) -> None:
         """Take the next windows, and the step that follows from them."""
-        picked = list(islice(self._order, WINDOWS_AT_ONCE))
         self._optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / WARM_UP_STEPS)
         self._optimizer.zero_grad()
-        token_ids = self._windows.learned[picked]
-        self._tuned.learn(token_ids, self._target(picked), self._divergence, self._state)
+        self._tuned.learn(*next(self._lessons), self._divergence, self._state)
         self._optimizer.step()
         weight = (AVERAGE_POWER + 1) / (AVERAGE_POWER + step)
         for name, share in self._state.items():
@@ -130,14 +135,16 @@ class _Session:
         self._tuned.state = judgement.state
         return self._tuned.stored(writer)
 
-    def _target(self, picked: list[int]) -> torch.Tensor:
-        """The float model's final hidden states on windows, computed once for each."""
-        new = [index for index in picked if index not in self._targets]
-        if new:
+    def _lessons_in_turn(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The windows of one step after another, with the float model's final hidden states."""
+        order = _shuffled(len(self._windows.learned))
+        while True:
+            token_ids = self._windows.learned[list(islice(order, TARGETS_AT_ONCE))]
             with torch.autocast("cpu", self.arithmetic, self.arithmetic is not torch.float32):
-                hidden = final_hidden(self._float, self._windows.learned[new], _nothing)
-            self._targets |= dict(zip(new, hidden.half(), strict=True))
-        return torch.stack([self._targets[index] for index in picked]).float()
+                targets = final_hidden(self._float, token_ids, _nothing)
+            yield from zip(
+                token_ids.split(WINDOWS_AT_ONCE), targets.split(WINDOWS_AT_ONCE), strict=True
+            )
 
 
 class _Clock:
@@ -147,15 +154,19 @@ class _Clock:
         self._started = time.perf_counter()
         self._options = options
         self._progress = progress
-        self._first_judgement = 0.0
+        self._ready = self._learning = 0.0
 
     def elapsed(self) -> float:
         """Seconds since the beginning."""
         return time.perf_counter() - self._started
 
+    def note_ready(self) -> None:
+        """The first judgement begins."""
+        self._ready = self.elapsed()
+
     def note_judgement(self) -> None:
-        """Remember how long it took to be ready to learn, of which a judgement is most."""
-        self._first_judgement = self.elapsed()
+        """The first judgement is over, and learning begins."""
+        self._learning = self.elapsed()
 
     def allows(self, steps: int) -> bool:
         """Whether there is time for another step and a judgement after ``steps``."""
@@ -163,20 +174,24 @@ class _Clock:
             return False
         if self._options.minutes is None:
             return True
-        learning = self.elapsed() - self._first_judgement
-        pace = learning / steps if steps else 0.0
-        return self.elapsed() + pace + self._first_judgement <= 60 * self._options.minutes
+        judgement = self._learning - self._ready
+        return self.elapsed() + self._pace(steps) + judgement <= 60 * self._options.minutes
 
     def report(self, steps: int) -> None:
         """Tell the caller how far the run is: in steps if only they limit it, else in seconds."""
-        elapsed = self.elapsed()
         if self._options.minutes is not None:
-            total = 60 * self._options.minutes
+            elapsed, total = self.elapsed(), 60 * self._options.minutes
             done, left = int(elapsed), total - elapsed
+        elif steps:
+            done, total = steps, self._options.steps or steps
+            left = self._pace(steps) * (total - done)
         else:
-            total, done = self._options.steps or steps, steps
-            left = (elapsed - self._first_judgement) / steps * (total - done)
+            return  # without a pace nobody knows how long it takes
         self._progress(Progress(Phase.TUNE, done, max(int(total), done), max(left, 0.0)))
+
+    def _pace(self, steps: int) -> float:
+        """Seconds of a step so far, with its share of the judgements."""
+        return (self.elapsed() - self._learning) / steps if steps else 0.0
 
 
 def fast_arithmetic() -> torch.dtype:

@@ -15,7 +15,7 @@ from qserve.quant.options import CalibrationSource, QuantizeOptions
 from qserve.quant.windows import tokenize, windows_between
 
 HELD_BACK_SHARE = 1 / 16
-MAX_HELD_BACK = 16
+MAX_HELD_BACK = 8
 MIN_WINDOWS = 2
 
 

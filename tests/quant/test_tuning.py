@@ -27,7 +27,7 @@ from qserve.quant.report import TuningReport
 from qserve.quant.tuning import session
 from qserve.quant.tuning.divergence import Divergence
 from qserve.quant.tuning.tuned_decoder import TunedDecoder
-from qserve.quant.tuning.windows import TuningWindows, gather_windows
+from qserve.quant.tuning.windows import MAX_HELD_BACK, TuningWindows, gather_windows
 
 MakeLlama = Callable[..., Path]
 SCALES = ("scales", "weight_scale", "absmax", "nested_absmax", "SCB")
@@ -51,7 +51,7 @@ def packed(
 def windows(tiny_llama: Path, options: QuantizeOptions) -> TuningWindows:
     """A few of the windows that there are."""
     found = gather_windows(Checkpoint(tiny_llama), options)
-    return TuningWindows(found.learned[:24], found.held_back[:6])
+    return TuningWindows(found.learned[:24], found.learned[-16:])
 
 
 def pack(model: Path, options: QuantizeOptions, out: Path) -> Path:
@@ -96,7 +96,7 @@ def test_what_the_report_says_is_what_the_file_gives(
     report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=3))
     base, tuned = Decoder(Checkpoint(tiny_llama)), Decoder(Checkpoint(folder))
     expected, hidden = (final_hidden(d, windows.held_back, lambda: None) for d in (base, tuned))
-    measured = Divergence(base.head(), tuned.head()).mean(expected, hidden)
+    measured = Divergence(base.head(), tuned.head(), torch.float32).mean(expected, hidden)
     assert measured == pytest.approx(report.kl_after, rel=1e-6)
 
 
@@ -133,6 +133,7 @@ def test_minutes_that_are_over_before_the_first_step_change_nothing(
     folder = shutil.copytree(packed, tmp_path / "tuned")
     report = tune(folder, tiny_llama, windows, options, TuneOptions(minutes=1e-6))
     assert report.steps == 0
+    assert "give more minutes" in str(report)
     assert not changed_tensors(packed, folder)
 
 
@@ -172,7 +173,7 @@ def gradients(
 ) -> tuple[dict[str, torch.Tensor], Callable[[dict[str, torch.Tensor]], float]]:
     """The gradient of the divergence by ``learn``, and the divergence as a function of a state."""
     tuned, base = TunedDecoder(Checkpoint(packed), torch.float32), Decoder(Checkpoint(source))
-    divergence = Divergence(base.head(), tuned.head())
+    divergence = Divergence(base.head(), tuned.head(), torch.float32)
     target = final_hidden(base, windows, lambda: None)
     start = tuned.unmoved()
 
@@ -225,7 +226,8 @@ def test_progress_is_told_in_steps_or_in_seconds(
     for limit in (TuneOptions(steps=2), TuneOptions(steps=1, minutes=5)):
         session.tune(folder, Checkpoint(tiny_llama), windows, limit, writer, told.append)
     assert [(step.done, step.total) for step in told[:2]] == [(1, 2), (2, 2)]
-    assert told[2].total == 300
+    assert [step.total for step in told[2:]] == [300, 300]
+    assert told[2].done == 0
 
 
 def test_windows_to_tune_on_are_those_that_quantization_leaves(
@@ -233,15 +235,15 @@ def test_windows_to_tune_on_are_those_that_quantization_leaves(
 ) -> None:
     found = gather_windows(Checkpoint(tiny_llama), options)
     assert found.learned.shape[1] == found.held_back.shape[1] == LENGTH
-    assert len(found.held_back) == 16
+    assert len(found.held_back) == MAX_HELD_BACK
     taken = gather_calibration(Decoder(Checkpoint(tiny_llama)), options).token_ids
     for window in (found.learned[0], found.held_back[-1]):
         assert not any(torch.equal(window, other) for other in taken)
 
 
 def test_a_text_with_nothing_left_is_refused(tiny_llama: Path, options: QuantizeOptions) -> None:
-    few = gather_windows(Checkpoint(tiny_llama), replace(options, num_samples=200))
-    assert 1 <= len(few.held_back) < 16
+    few = gather_windows(Checkpoint(tiny_llama), replace(options, seq_len=10 * LENGTH))
+    assert 1 <= len(few.held_back) < MAX_HELD_BACK
     with pytest.raises(CalibrationError, match="leaves 0 windows to tune"):
         gather_windows(Checkpoint(tiny_llama), replace(options, num_samples=10_000))
     with pytest.raises(OptionError, match="give a text file"):

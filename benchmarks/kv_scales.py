@@ -1,0 +1,132 @@
+"""What the scales of keys and values that a checkpoint stores lose, beside those of every token.
+
+    python benchmarks/kv_scales.py MODEL --calibration FILE --text FILE [--threads 1] [--no-rows]
+
+The scales are found as `qserve quantize --kv-cache` finds them, for a float or quantized MODEL. The
+same model judges with unrounded keys and values; rows go to docs/benchmarks/kv_quality.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qserve.cli.row_table import append_rows, stamp
+from qserve.kernels.activations import Activations, round_activations
+from qserve.quant.cache_scales import KEYS, VALUES, find_scales, round_by
+from qserve.quant.decoder import Block, Decoder
+from qserve.quant.evaluate import compare
+from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.compressed_schemes import Kind
+from qserve.quant.options import KvCache
+from qserve.quant.pipeline import CACHE_STRIDE
+from qserve.quant.progress import ignore_progress
+from qserve.quant.windows import read_text, spread_windows, tokenize
+
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "kv_quality.csv"
+CALIBRATION_WINDOWS = 32
+SEQ_LEN = 512
+
+Rounding = Callable[[str, torch.Tensor], torch.Tensor]
+"""What a cache makes of keys or values ``[S, heads, T, head_dim]``, given their name."""
+
+
+class CachedDecoder(Decoder):
+    """A decoder whose attention reads keys and values as a cache gives them back."""
+
+    def __init__(self, checkpoint: Checkpoint, rounding: Rounding) -> None:
+        super().__init__(checkpoint)
+        self._rounding = rounding
+
+    def block(self, index: int, length: int) -> Block:
+        """See ``Decoder``."""
+        block = super().block(index, length)
+        block.store_into(_Cache(block, self._rounding))
+        return block
+
+
+class _Cache:
+    """Stands where attention looks for a cache, and gives back what it was given, rounded."""
+
+    def __init__(self, block: Block, rounding: Rounding) -> None:
+        self._block = block
+        self._rounding = rounding
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See transformers' ``Cache``."""
+        pairs = (KEYS, keys), (VALUES, values)
+        rounded = [self._rounding(self._block.full_name(name), rows) for name, rows in pairs]
+        return rounded[0], rounded[1]
+
+
+def main() -> None:
+    """Parse the command line, measure, print and append the rows."""
+    parser = argparse.ArgumentParser(description="Compare scales of keys and values.")
+    parser.add_argument("model", type=Path, help="the folder of a checkpoint")
+    parser.add_argument("--calibration", type=Path, required=True, help="text to find scales on")
+    parser.add_argument("--text", type=Path, required=True, help="text to judge them on")
+    parser.add_argument("--windows", type=int, default=16, help=f"of {SEQ_LEN} tokens of the text")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-rows", action="store_true", help="print only")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    checkpoint = Checkpoint(args.model)
+    windows = windows_of(checkpoint, args.text, args.windows)
+    found = windows_of(checkpoint, args.calibration, CALIBRATION_WINDOWS)[::CACHE_STRIDE]
+    rows = []
+    for name, rounding in ways(checkpoint, found):
+        decoders = [Decoder(checkpoint), CachedDecoder(checkpoint, rounding)]
+        result = compare(decoders, windows, ignore_progress)
+        assert result.kl is not None and result.top1 is not None
+        row = stamp() | {
+            "model": args.model.name,
+            "format": name,
+            "text": args.text.name,
+            "windows": f"{result.num_windows}x{result.seq_len}",
+            "perplexity": round(result.perplexity, 4),
+            "kl": round(result.kl, 6),
+            "top1": round(result.top1, 4),
+        }
+        print(row, flush=True)
+        rows.append(row)
+    if not args.no_rows:
+        append_rows(TABLE, rows)
+
+
+def windows_of(checkpoint: Checkpoint, text: Path, count: int) -> torch.Tensor:
+    """Windows ``[S, SEQ_LEN]`` spread over a text."""
+    return spread_windows(tokenize(checkpoint.folder, read_text(text)), count, SEQ_LEN)
+
+
+def ways(checkpoint: Checkpoint, windows: torch.Tensor) -> list[tuple[str, Rounding]]:
+    """Each format with the scales found on windows ``[S, T]``, then with those of every token."""
+    kinds = (
+        (KvCache.FLOAT8, Kind.FLOAT, Activations.FLOAT8_TOKEN),
+        (KvCache.INT8, Kind.INT, Activations.INT8_TOKEN),
+    )
+    found = []
+    for cache, kind, activations in kinds:
+        scales = find_scales(Decoder(checkpoint), windows, kind, ignore_progress)
+        found.append((f"{cache.value}, stored scales", by_stored(scales, kind)))
+        found.append((f"{cache.value}, a scale a token", by_token(activations)))
+    return found
+
+
+def by_stored(scales: Mapping[str, torch.Tensor], kind: Kind) -> Rounding:
+    """Rounding by the scale of each head; what is too large becomes the largest number."""
+    return lambda name, rows: round_by(rows, scales[name], kind)
+
+
+def by_token(activations: Activations) -> Rounding:
+    """Rounding as qserve's own cache does it: each token and head by its largest magnitude."""
+    return lambda _, rows: round_activations(rows.flatten(0, -2), activations).view_as(rows)
+
+
+if __name__ == "__main__":
+    main()
