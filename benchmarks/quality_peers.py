@@ -111,9 +111,59 @@ def quantize_with_bitsandbytes(args: argparse.Namespace, _: Windows) -> tuple[Sa
     return quantize, lambda: loaded[0].save_pretrained(args.out)
 
 
+def quantize_with_llm_compressor(args: argparse.Namespace, windows: Windows) -> tuple[Save, Save]:
+    """llm-compressor into compressed-tensors: AWQ with zero points, or symmetric GPTQ."""
+    torch, transformers = import_module("torch"), import_module("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    columns = {"input_ids": windows, "attention_mask": [[1] * len(row) for row in windows]}
+    dataset = import_module("datasets").Dataset.from_dict(columns)
+    recipe = _recipe_of_llm_compressor(args)
+
+    def quantize() -> None:
+        """The timed part."""
+        import_module("llmcompressor").oneshot(
+            model=model,
+            processor=tokenizer,
+            dataset=dataset,
+            recipe=recipe,
+            max_seq_length=len(windows[0]),
+            num_calibration_samples=len(windows),
+        )
+
+    def save() -> None:
+        model.save_pretrained(args.out, save_compressed=True)
+        tokenizer.save_pretrained(args.out)
+
+    return quantize, save
+
+
+def _recipe_of_llm_compressor(args: argparse.Namespace) -> list[Any]:
+    is_awq = args.tool.endswith("awq")
+    weights = {
+        "num_bits": args.bits,
+        "type": "int",
+        "symmetric": not is_awq,
+        "strategy": "group",
+        "group_size": args.group_size,
+        "dynamic": False,
+    }
+    quantization = import_module("llmcompressor.modifiers.quantization")
+    if not is_awq:
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        return [quantization.GPTQModifier(ignore=["lm_head"], config_groups=groups)]
+    # AWQ of 0.14 pins memory, which a machine without an accelerator cannot.
+    import_module("torch").Tensor.pin_memory = lambda tensor, *_, **__: tensor
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights | {"observer": "mse"}}}
+    scales = import_module("llmcompressor.modifiers.transform.awq").AWQModifier(duo_scaling="both")
+    return [scales, quantization.QuantizationModifier(ignore=["lm_head"], config_groups=groups)]
+
+
 TOOLS = {
     "autoawq": quantize_with_autoawq,
     "gptqmodel": quantize_with_gptqmodel,
+    "llm-compressor-awq": quantize_with_llm_compressor,
+    "llm-compressor-gptq": quantize_with_llm_compressor,
     "bitsandbytes": quantize_with_bitsandbytes,
 }
 

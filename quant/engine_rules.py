@@ -147,9 +147,8 @@ RULES = (
     ),
     Rule(
         ("vllm",),
-        "bitsandbytes is a plugin package since 0.28",
+        "bitsandbytes is read by the package vllm-bnb-plugin alone, not by vLLM since 0.28",
         lambda f: f.method == "bitsandbytes",
-        refuses=False,
     ),
     Rule(VLLM, "sparse weights are refused", lambda f: bool(f.block.get("sparsity_config"))),
     Rule(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qserve.cli.cache import cache_folder
+from qserve.cli.demo_model import find_model
 from qserve.cli.main import run
+from qserve.quant.source import resolve_model
 
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -113,6 +117,13 @@ def make_tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> MakeLlama:
 def tiny_llama(make_tiny_llama: MakeLlama) -> Path:
     """A 2-layer bfloat16 Llama with tokenizer and chat template; ids 2 and 0 end. Read only."""
     return make_tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo's model in 16 bits, fetched and imported unless it is in the user's cache."""
+    cache = cache_folder(os.environ)
+    return resolve_model(str(find_model(cache)), cache=cache).folder
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,7 @@ class Job:
             method=section.method,
             bits=section.bits,
             group_size=section.group_size,
+            output=section.format,
             effort=section.effort,
             damping=section.damping,
             activation_order=section.act_order,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Head, KvCache, Method
 from qserve.quant.size_text import parse_size
 from qserve.quant.steps import DEFAULT_DAMPING
@@ -69,6 +70,9 @@ class QuantizeSection(Section):
     bits: int | None = Field(default=None, description="Width of a code; the method's usual one.")
     group_size: int | None = Field(
         default=None, description="Inputs that share a scale, -1 for a row; the coarsest that fits."
+    )
+    format: OutputFormat | None = Field(
+        default=None, description="The format to write; the method's own."
     )
     effort: Effort = Field(
         default=Effort.FULL, description="`plain` is the method as published, `fast` stops early."

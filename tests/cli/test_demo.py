@@ -118,7 +118,7 @@ def test_a_server_that_dies_is_reported_with_its_own_words(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_whole_demo_finds_paris_and_prints_what_it_cost(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "qserve.cli.main", "demo"],

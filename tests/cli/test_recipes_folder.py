@@ -19,17 +19,27 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 NO_LIMITS = {"max_kl": 50}
 
 
+def write_with_less_text(
+    path: Path, folder: Path, calibration: dict[str, int], judged: dict[str, int]
+) -> Path:
+    """A copy of a recipe in ``folder`` that reads other numbers of windows."""
+    content = yaml.safe_load(path.read_text())
+    content["calibration"] |= calibration
+    content["evaluate"] |= judged
+    copy = folder / path.name
+    copy.write_text(yaml.safe_dump(content))
+    return copy
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_of_the_project_runs(
     path: Path, tiny_llama: Path, tmp_path: Path, qserve: Callable[..., Any]
 ) -> None:
-    content = yaml.safe_load(path.read_text())
     assert load_recipe(path).gates.need_evaluation
-    content["calibration"] |= {"samples": 4, "seq_len": 64}
-    content["evaluate"] |= {"windows": 1, "seq_len": 32}
-    content["gates"] = NO_LIMITS
-    smaller = tmp_path / path.name
-    smaller.write_text(yaml.safe_dump(content))
+    smaller = write_with_less_text(
+        path, tmp_path, {"samples": 4, "seq_len": 64}, {"windows": 1, "seq_len": 32}
+    )
+    smaller.write_text(yaml.safe_dump(yaml.safe_load(smaller.read_text()) | {"gates": NO_LIMITS}))
     done = qserve("run", smaller, "--model", tiny_llama, "-o", tmp_path / "out")
     assert done.code == ExitCode.OK, done.err
     assert Checkpoint(tmp_path / "out").method is not None
@@ -39,6 +49,18 @@ def test_a_recipe_of_the_project_runs(
         ".html",
         ".xml",
     }
+    shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_the_project_keeps_its_limits_on_the_demo_model(
+    path: Path, demo_model: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    smaller = write_with_less_text(path, tmp_path, {"samples": 16}, {"windows": 8})
+    done = qserve("run", smaller, "--model", demo_model, "-o", tmp_path / "out")
+    assert done.code == ExitCode.OK, done.out + done.err
     shutil.rmtree(tmp_path / "out")
 
 

@@ -70,7 +70,7 @@ ORDERED = {
         ("vllm", (GPTQ, 3), ["4 and 8 bits"], []),
         ("vllm", (PACKED,), [], []),
         ("vllm", (PACKED, 3), [], ["3-bit words"]),
-        ("vllm", (BNB, 8, 128), [], ["plugin"]),
+        ("vllm", (BNB, 8, 128), ["vllm-bnb-plugin"], []),
         ("sglang", (GPTQ, 2), ["4 and 8 bits"], []),
         ("transformers", (AWQ,), [], ["gptqmodel must be"]),
         ("transformers", (PACKED,), [], ["compressed-tensors must be"]),

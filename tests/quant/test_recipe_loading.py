@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from qserve.quant.errors import RecipeError
-from qserve.quant.options import Method
+from qserve.quant.options import Method, QuantizeOptions
 from qserve.quant.recipe.loading import load_recipe, parse_recipe
-from qserve.quant.recipe.schema import json_schema
+from qserve.quant.recipe.running import Job
+from qserve.quant.recipe.schema import (
+    CalibrationSection,
+    ChecksSection,
+    EvaluateSection,
+    GatesSection,
+    QuantizeSection,
+    Section,
+    json_schema,
+)
 from qserve.quant.recipe.starter import STARTER
 
 MINIMAL = "model: m\noutput: {folder: out}\n"
@@ -37,6 +48,40 @@ def test_the_recipe_to_start_from_is_sound_and_says_its_defaults() -> None:
     )
     assert recipe.gates.max_ppl_increase == 0.1 and recipe.gates.min_top1 == 0.8
     assert recipe.reports.html == "report.html"
+
+
+EVERYTHING = """
+model: m
+quantize:
+  {method: gptq, group_size: 64, format: gptq-v2, effort: fast, damping: 0.1, seed: 1,
+   act_order: true, head: int8, {limit},
+   overrides: [{layers: up_proj, bits: 8}], ignore: [down_proj], kv_cache: int8,
+   tune: {steps: 3}, max_shard_size: 1GB}
+calibration: {text: self, samples: 8, seq_len: 64}
+evaluate: {}
+output: {folder: out}
+"""
+
+
+def test_a_recipe_can_ask_for_all_that_the_command_can(tmp_path: Path) -> None:
+    names = {field.name for field in fields(QuantizeOptions)}
+    limits = ("bits: 3, max_kl: 0.1", "avg_bits: 3.5, widths: [3, 8]", "max_size: 90MB")
+    for limit in limits:
+        recipe = parse_recipe(EVERYTHING.replace("{limit}", limit), "r.yaml")
+        asked, usual = Job(recipe, "r.yaml", tmp_path).options(), QuantizeOptions()
+        names -= {name for name in names if getattr(asked, name) != getattr(usual, name)}
+    assert names == set()
+
+
+def test_the_page_on_recipes_names_every_field_and_method() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    named = set(re.findall(r"`(?:[a-z]+\.)?([\w-]+)`", page))
+    sections: list[type[Section]] = [
+        *(QuantizeSection, CalibrationSection, EvaluateSection, GatesSection, ChecksSection)
+    ]
+    known = {field for section in sections for field in section.model_fields}
+    explained = {"text", "samples", "windows", "seq_len"}  # in sentences
+    assert known | {method.value for method in Method} <= named | explained
 
 
 @pytest.mark.parametrize(

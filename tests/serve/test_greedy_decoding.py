@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +14,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
 
-from qserve.cli.cache import cache_folder
-from qserve.cli.demo_model import find_model
 from qserve.kernels.activations import Activations
 from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.kv_cache import KvFormat
 from qserve.quant.formats import awq
 from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.source import resolve_model
 from qserve.serve.config import EngineConfig, HeadDtype
 from qserve.serve.engine import Engine
 from qserve.serve.messages import AddRequest, NewTokens, SamplingParams
@@ -304,13 +300,6 @@ def test_the_models_end_tokens_come_from_both_of_its_configs(tiny_llama: Path) -
         assert isinstance(output, NewTokens)
         assert output.token_ids == (token,)
         assert output.finish_reason is not None
-
-
-@pytest.fixture(scope="module")
-def demo_model() -> Path:
-    """The demo's model in 16 bits, fetched and imported unless it is in the user's cache."""
-    cache = cache_folder(os.environ)
-    return resolve_model(str(find_model(cache)), cache=cache).folder
 
 
 @pytest.mark.slow
