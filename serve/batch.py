@@ -46,6 +46,7 @@ class BatchBuilder:
         self._context_lens = np.zeros(num_seqs, dtype=np.int32)
         self._cu_seqlens_q = np.zeros(num_seqs + 1, dtype=np.int32)
         self._sample_rows = np.zeros(num_seqs, dtype=np.int64)
+        self._decode_batches: dict[int, Batch] = {}  # by the number of sequences
 
     def build(self, chunks: Items[Chunk]) -> Batch:
         """The batch of ``chunks``, in order."""
@@ -58,6 +59,14 @@ class BatchBuilder:
                 self._sample_rows[num_samples] = num_tokens - 1
                 num_samples += 1
         num_seqs = len(chunks)
+        if num_seqs == num_samples == num_tokens:  # decode, where making views takes a while
+            if num_seqs not in self._decode_batches:
+                self._decode_batches[num_seqs] = self._view(num_tokens, num_seqs, num_samples)
+            return self._decode_batches[num_seqs]
+        return self._view(num_tokens, num_seqs, num_samples)
+
+    def _view(self, num_tokens: int, num_seqs: int, num_samples: int) -> Batch:
+        """The first entries of every array."""
         return Batch(
             token_ids=torch.from_numpy(self._token_ids[:num_tokens]),
             positions=torch.from_numpy(self._positions[:num_tokens]),

@@ -14,12 +14,13 @@ template <typename Format, int R>
 void exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t column, int lane, int64_t) {
   const Format format(job);
   const float* x = job.x + row * job.x_stride;
-  const uint8_t* codes = panel + job.codes_offset + 4 * lane;
   F acc[R];
   each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = zero(); });
   for (int64_t g = 0; g < job.num_groups; ++g) {
+    const GroupPlace place = place_of_group(job, g);
+    const uint8_t* codes = panel + place.codes + 4 * lane;
     F zero_points = set1(Format::kBias);
-    if constexpr (Format::kZeroPoints) zero_points = load_bytes(panel + job.zeros_offset + g * kPanel + lane);
+    if constexpr (Format::kZeroPoints) zero_points = load_bytes(panel + place.zero_points + lane);
     F part[R][kExactSums];
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA { each<kExactSums>([&](auto j) QSERVE_INLINE_LAMBDA { part[r][j] = zero(); }); });
     for (int64_t k = 0; k < job.group_size; k += kActivationGroup) {
@@ -35,7 +36,7 @@ void exact_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int64_t 
       codes += 64 * Format::kLines;
       x += kActivationGroup;
     }
-    const F scales = load_scales(job, panel, g, lane);
+    const F scales = load_scales(job, panel + place.scales, lane);
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA {
       F sum = add(part[r][0], part[r][1]);
       if constexpr (kExactSums == 4) sum = add(sum, add(part[r][2], part[r][3]));

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "dispatch.h"
+#include "panel_layout.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -22,7 +23,7 @@ constexpr int64_t kRowsAtOnce = 512;
 // Rows of a task: their int8 codes stay in the second-level cache while panels pass by.
 constexpr int64_t kRowsPerTask = 128;
 // Tasks for each thread: enough to even out threads that run at different speeds.
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTasksPerThread = 16;
 
 // Round halves of float16 to nearest even; scales were checked to be representable, so nothing is lost.
 uint16_t to_half(float x) {
@@ -66,6 +67,10 @@ void run_tile(const Job& job, const TileRange& range, void (*kernel)(const Job&,
 int64_t inputs_of(const PanelJob& job) { return job.padded_k; }
 int64_t inputs_of(const DenseJob& job) { return job.k; }
 
+// Panels that a kernel computes together.
+int64_t panels_together(const PanelJob&) { return 1; }
+int64_t panels_together(const DenseJob&) { return 4; }
+
 // Splits rows and panels into tasks and runs them.
 template <typename Job>
 void run_tiles(const Job& job, int64_t num_panels, void (*kernel)(const Job&, const TileRange&), OutputSink* sink) {
@@ -76,7 +81,8 @@ void run_tiles(const Job& job, int64_t num_panels, void (*kernel)(const Job&, co
   const int64_t row_tasks = divide_up(job.rows, kRowsPerTask);
   int64_t wanted = divide_up(kTasksPerThread * num_threads(), row_tasks);
   if (sink != nullptr) wanted = std::min(wanted, sink->num_slots());
-  const int64_t panels_per_task = round_up(divide_up(num_panels, wanted), num_panels >= 4 * wanted ? 4 : 1);
+  const int64_t together = num_panels >= panels_together(job) * wanted ? panels_together(job) : 1;
+  const int64_t panels_per_task = round_up(divide_up(num_panels, wanted), together);
   const int64_t panel_tasks = divide_up(num_panels, panels_per_task);
   run_tasks(row_tasks * panel_tasks, [&](int64_t task) {
     const int64_t row = task / panel_tasks * kRowsPerTask, slot = task % panel_tasks, panel = slot * panels_per_task;
@@ -139,10 +145,9 @@ PanelWeight::PanelWeight(const PanelSizes& sizes) : sizes_(sizes) {
   job_.padded_k = job_.num_groups * job_.group_size;
   job_.out_features = n;
   job_.wide = wide;
-  const int64_t scale_bytes = job_.num_groups * kPanel * (wide ? 4 : 2);
-  job_.zeros_offset = scale_bytes;
-  job_.codes_offset = round_up(scale_bytes + (has_zero_points(format) ? job_.num_groups * kPanel : 0), 64);
-  job_.panel_bytes = job_.codes_offset + job_.padded_k / kActivationGroup * lines_of(format) * 64;
+  job_.number_bytes = kPanel * ((wide ? 4 : 2) + (has_zero_points(format) ? 1 : 0));
+  job_.code_bytes = job_.group_size / kActivationGroup * lines_of(format) * kLine;
+  job_.panel_bytes = place_of_group(job_, job_.num_groups - 1).codes + job_.code_bytes;
   order_offset_ = bias ? num_panels_ * kPanel * int64_t(sizeof(float)) : 0;
   codebook_offset_ = order_offset_ + (ordered ? round_up(k * sizeof(int32_t), 64) : 0);
   panels_offset_ = codebook_offset_ + (format == PanelFormat::kCodebook ? 128 : 0);
@@ -167,23 +172,24 @@ void PanelWeight::pack(const PanelSource& source) {
 
 void PanelWeight::pack_panel(uint8_t* panel, int64_t p, const PanelSource& source) const {
   std::memset(panel, 0, job_.panel_bytes);
+  const int64_t block_bytes = lines_of(sizes_.format) * kLine;
   for (int64_t lane = 0; lane < std::min(kPanel, job_.out_features - p * kPanel); ++lane) {
     const int64_t row = p * kPanel + lane;
+    const uint8_t* codes = source.codes + row * sizes_.in_features;
     for (int64_t g = 0; g < job_.num_groups; ++g) {
-      const int64_t from = row * job_.num_groups + g, at = g * kPanel + lane;
+      const GroupPlace place = place_of_group(job_, g);
+      const int64_t from = row * job_.num_groups + g, first = g * job_.group_size;
       if (job_.wide) {
-        std::memcpy(panel + 4 * at, source.scales + from, 4);
+        std::memcpy(panel + place.scales + 4 * lane, source.scales + from, 4);
       } else {
         const uint16_t half = to_half(source.scales[from]);
-        std::memcpy(panel + 2 * at, &half, 2);
+        std::memcpy(panel + place.scales + 2 * lane, &half, 2);
       }
-      if (has_zero_points(sizes_.format)) panel[job_.zeros_offset + at] = source.zero_points[from];
-    }
-    const uint8_t* codes = source.codes + row * sizes_.in_features;
-    const int64_t block_bytes = lines_of(sizes_.format) * 64;
-    for (int64_t k = 0; k < sizes_.in_features; ++k) {
-      uint8_t* lines = panel + job_.codes_offset + k / kActivationGroup * block_bytes;
-      put_code(sizes_.format, lines, k % kActivationGroup / 4, 4 * lane + k % 4, codes[k]);
+      if (has_zero_points(sizes_.format)) panel[place.zero_points + lane] = source.zero_points[from];
+      for (int64_t k = 0; k < std::min(job_.group_size, sizes_.in_features - first); ++k) {
+        uint8_t* lines = panel + place.codes + k / kActivationGroup * block_bytes;
+        put_code(sizes_.format, lines, k % kActivationGroup / 4, 4 * lane + k % 4, codes[first + k]);
+      }
     }
   }
 }

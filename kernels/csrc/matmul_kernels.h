@@ -35,14 +35,14 @@ struct RoundJob {
   float* floats;
 };
 
-// A product with coded weights. A panel is: scales [groups][16] (float16, or float32 when wide), zero points [groups][16] bytes if
-// the format has them, padding to 64 bytes, codes. Codes of 32 inputs of 16 outputs are 2 to 8 lines of 64 bytes [16 outputs][4],
-// byte j for the inputs j of some of the 8 quads (4 neighbouring inputs): the formats are in panel_formats.h.
+// A product with coded weights. What lies where in a panel is in panel_layout.h. Codes of 32 inputs of 16 outputs are 2 to 8 lines
+// of 64 bytes [16 outputs][4], byte j for the inputs j of some of the 8 quads (4 neighbouring inputs): the formats are in
+// panel_formats.h.
 struct PanelJob {
   const uint8_t* panels;
   int64_t panel_bytes;
-  int64_t codes_offset;
-  int64_t zeros_offset;
+  int64_t number_bytes;  // of the scales and zero points of a group
+  int64_t code_bytes;    // of the codes of a group
   int64_t padded_k;
   int64_t group_size;  // a multiple of 32
   int64_t num_groups;

@@ -30,16 +30,40 @@ void pause() {
 #endif
 }
 
-// The call in progress in one word: 24 bits that count calls, 20 bits for the number of tasks, 20 bits for the next task.
-// A task is claimed by exchanging the word for its successor, which fails if the call is over: a late worker can
-// neither take a task twice nor touch the next call with what it knows of the last.
+// What is left of a thread's share of a call, in one word: 24 bits that count calls, 20 bits for the end, 20 for the next task.
+// A task is claimed by exchanging the word for its successor, which fails once another thread has claimed one or the call is
+// over: a late thread can neither take a task twice nor touch the next call with what it knows of the last.
 constexpr int kTaskBits = 20;
-constexpr uint64_t kTaskMask = (uint64_t{1} << kTaskBits) - 1;
-constexpr int64_t kMaxTasks = int64_t{kTaskMask};
+constexpr int64_t kMaxTasks = (int64_t{1} << kTaskBits) - 1;
 
-uint64_t next_task(uint64_t word) { return word & kTaskMask; }
-uint64_t task_count(uint64_t word) { return (word >> kTaskBits) & kTaskMask; }
-uint64_t call_number(uint64_t word) { return word >> (2 * kTaskBits); }
+class alignas(64) Share {
+ public:
+  void set(uint64_t call, int64_t begin, int64_t end) {
+    word_.store((call << (2 * kTaskBits)) | (uint64_t(end) << kTaskBits) | uint64_t(begin));
+  }
+
+  bool has_task() const {
+    const uint64_t word = word_.load();
+    return next(word) < end(word);
+  }
+
+  // A task from one of the ends, or -1 if none is left. The owner takes the first, so that memory passes by in one stream; who has
+  // nothing left of its own takes the last.
+  int64_t claim(bool is_owner) {
+    uint64_t word = word_.load(std::memory_order_acquire);
+    while (next(word) < end(word)) {
+      const uint64_t rest = is_owner ? word + 1 : word - (uint64_t{1} << kTaskBits);
+      if (word_.compare_exchange_weak(word, rest, std::memory_order_acq_rel)) return is_owner ? next(word) : end(word) - 1;
+    }
+    return -1;
+  }
+
+ private:
+  static int64_t next(uint64_t word) { return int64_t(word) & kMaxTasks; }
+  static int64_t end(uint64_t word) { return int64_t(word >> kTaskBits) & kMaxTasks; }
+
+  std::atomic<uint64_t> word_{0};
+};
 
 class Pool {
  public:
@@ -63,29 +87,26 @@ class Pool {
     task_ = task;
     context_ = context;
     done_.store(0, std::memory_order_relaxed);
-    const uint64_t call = call_number(word_.load(std::memory_order_relaxed)) + 1;
-    word_.store((call << (2 * kTaskBits)) | (uint64_t(count) << kTaskBits));
+    ++call_;
+    for (int i = 0; i < threads(); ++i) shares_[i].set(call_, first_task(i, count), first_task(i + 1, count));
     if (sleepers_.load() > 0) wake();
-    while (take_task()) {
-    }
+    run_some(0);
     wait_for(count);
   }
 
  private:
-  bool take_task() {
-    uint64_t word = word_.load(std::memory_order_acquire);
-    while (next_task(word) < task_count(word)) {
-      if (!word_.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel)) continue;
-      task_(context_, int64_t(next_task(word)));
-      done_.fetch_add(1, std::memory_order_release);
-      return true;
-    }
-    return false;
-  }
+  // Where the share of a thread begins; all are of one size, give or take a task.
+  int64_t first_task(int64_t thread, int64_t count) const { return (thread * count + threads() - 1) / threads(); }
 
-  bool has_task() const {
-    const uint64_t word = word_.load();
-    return next_task(word) < task_count(word);
+  // Runs tasks of the call in progress until none is left, those of its own share first. Returns whether there was one.
+  bool run_some(int thread) {
+    int64_t count = 0;
+    for (int i = 0; i < threads(); ++i) {
+      Share& share = shares_[(thread + i) % threads()];
+      for (int64_t task; (task = share.claim(i == 0)) >= 0; ++count) task_(context_, task);
+    }
+    if (count > 0) done_.fetch_add(count, std::memory_order_release);
+    return count > 0;
   }
 
   void wait_for(int64_t count) {
@@ -95,28 +116,26 @@ class Pool {
     }
   }
 
-  void work() {
+  void work(int thread) {
     using Clock = std::chrono::steady_clock;
+    const Share& share = shares_[thread];
     Clock::time_point idle_since = Clock::now();
     while (!stopping_.load(std::memory_order_relaxed)) {
-      if (take_task()) {
-        while (take_task()) {
-        }
+      for (int i = 0; i < kPausesPerLook && !share.has_task(); ++i) pause();
+      if (share.has_task() && run_some(thread)) {
         idle_since = Clock::now();
-      }
-      for (int i = 0; i < kPausesPerLook && !has_task(); ++i) pause();
-      if (!has_task() && Clock::now() - idle_since > kSpin) {
-        sleep();
+      } else if (Clock::now() - idle_since > kSpin) {
+        sleep(share);
         idle_since = Clock::now();
       }
     }
   }
 
   // A caller that does not see the sleeper has published its call before the sleeper looks, and the other way round.
-  void sleep() {
+  void sleep(const Share& share) {
     std::unique_lock lock(sleep_);
     sleepers_.fetch_add(1);
-    awake_.wait(lock, [this] { return has_task() || stopping_.load(); });
+    awake_.wait(lock, [&] { return share.has_task() || stopping_.load(); });
     sleepers_.fetch_sub(1);
   }
 
@@ -127,7 +146,8 @@ class Pool {
 
   void start_workers() {
     stopping_.store(false);
-    for (int i = 1; i < threads(); ++i) workers_.emplace_back([this] { work(); });
+    shares_ = std::vector<Share>(threads());
+    for (int i = 1; i < threads(); ++i) workers_.emplace_back([this, i] { work(i); });
   }
 
   void stop_workers() {
@@ -139,10 +159,11 @@ class Pool {
 
   std::mutex calls_;
   std::vector<std::thread> workers_;
+  std::vector<Share> shares_;
   std::atomic<int> threads_;
+  uint64_t call_ = 0;
   void (*task_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
-  alignas(64) std::atomic<uint64_t> word_{0};
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stopping_{false};

@@ -2,15 +2,15 @@
 #pragma once
 
 #include "panel_formats.h"
+#include "panel_layout.h"
 #include "store_outputs.h"
 
 namespace qserve::QSERVE_NAMESPACE {
 namespace {
 
-QSERVE_INLINE F load_scales(const PanelJob& job, const uint8_t* panel, int64_t group, int lane) {
-  const int64_t at = group * kPanel + lane;
-  if (job.wide) return load(reinterpret_cast<const float*>(panel) + at);
-  return load_as(reinterpret_cast<const Half*>(panel) + at);
+QSERVE_INLINE F load_scales(const PanelJob& job, const uint8_t* scales, int lane) {
+  if (job.wide) return load(reinterpret_cast<const float*>(scales) + lane);
+  return load_as(reinterpret_cast<const Half*>(scales) + lane);
 }
 
 // Lines of memory that will be needed; an address outside of it is ignored by the machine.
@@ -29,14 +29,14 @@ void quantized_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int6
   const float* scales = q.scales + row * (q.padded_k / kActivationGroup);
   const int32_t* offsets = q.offsets + row * (q.padded_k / kActivationGroup);
   const float* sums = q.group_sums + row * job.num_groups;
-  const uint8_t* zeros = panel + job.zeros_offset + lane;
-  const uint8_t* codes = panel + job.codes_offset + 4 * lane;
   F acc[R];
   each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = zero(); });
   for (int64_t g = 0; g < job.num_groups; ++g) {
+    const GroupPlace place = place_of_group(job, g);
+    const uint8_t* codes = panel + place.codes + 4 * lane;
     F total[R];
     if constexpr (Format::kZeroPoints) {
-      F zero_points = load_bytes(zeros + g * kPanel);
+      F zero_points = load_bytes(panel + place.zero_points + lane);
       if constexpr (Format::kBias != 0) zero_points = sub(zero_points, set1(Format::kBias));
       each<R>([&](auto r) QSERVE_INLINE_LAMBDA { total[r] = mul(zero_points, set1(-sums[r])); });
     } else {
@@ -54,7 +54,7 @@ void quantized_tile(const PanelJob& job, int64_t row, const uint8_t* panel, int6
       scales += R;
       offsets += R;
     }
-    const F weight_scales = load_scales(job, panel, g, lane);
+    const F weight_scales = load_scales(job, panel + place.scales, lane);
     each<R>([&](auto r) QSERVE_INLINE_LAMBDA { acc[r] = fma(total[r], weight_scales, acc[r]); });
     sums += R;
   }
