@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-ABI_VERSION = 6
+ABI_VERSION = 5
 """What ``_cpu.abi_version()`` must answer: an extension left over from other sources is not
 called."""
 
