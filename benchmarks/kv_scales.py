@@ -79,22 +79,23 @@ def main() -> None:
     checkpoint = Checkpoint(args.model)
     windows = windows_of(checkpoint, args.text, args.windows)
     found = windows_of(checkpoint, args.calibration, CALIBRATION_WINDOWS)[::CACHE_STRIDE]
-    rows = []
-    for name, rounding in ways(checkpoint, found):
-        decoders = [Decoder(checkpoint), CachedDecoder(checkpoint, rounding)]
-        result = compare(decoders, windows, ignore_progress)
-        assert result.kl is not None and result.top1 is not None
-        row = stamp() | {
+    cached = {name: CachedDecoder(checkpoint, way) for name, way in ways(checkpoint, found)}
+    results = compare([Decoder(checkpoint), *cached.values()], windows, ignore_progress)
+    rows = [
+        stamp()
+        | {
             "model": args.model.name,
             "format": name,
             "text": args.text.name,
             "windows": f"{result.num_windows}x{result.seq_len}",
             "perplexity": round(result.perplexity, 4),
-            "kl": round(result.kl, 6),
-            "top1": round(result.top1, 4),
+            "kl": None if result.kl is None else round(result.kl, 6),
+            "top1": None if result.top1 is None else round(result.top1, 4),
         }
-        print(row, flush=True)
-        rows.append(row)
+        for name, result in zip(cached, results, strict=True)
+    ]
+    for row in rows:
+        print(row)
     if not args.no_rows:
         append_rows(TABLE, rows)
 

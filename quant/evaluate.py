@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,24 +82,28 @@ def evaluate(
         )
     token_ids = tokenize((base or model).folder, text)
     windows = spread_windows(token_ids, num_windows, seq_len)
-    evaluation = compare(decoders, windows, progress)
     return replace(
-        evaluation,
+        compare(decoders, windows, progress)[-1],
         activations=None if model.activations is None else model.activations.value,
         seconds=time.perf_counter() - started,
     )
 
 
 def compare(
-    decoders: list[Decoder], windows: torch.Tensor, progress: ProgressCallback
-) -> Evaluation:
-    """Judge the last of two decoders against the first, or one alone, on windows ``[S, T]``."""
+    decoders: Sequence[Decoder], windows: torch.Tensor, progress: ProgressCallback
+) -> list[Evaluation]:
+    """Judge every decoder but the first against the first, or one alone, on windows ``[S, T]``."""
     started = time.perf_counter()
-    report = Pace(progress, Phase.EVALUATE, sum(d.num_blocks for d in decoders) + len(windows))
+    judged = range(1, len(decoders)) or range(1)
+    num_steps = sum(d.num_blocks for d in decoders) + len(judged) * len(windows)
+    report = Pace(progress, Phase.EVALUATE, num_steps)
     outputs = [final_hidden(decoder, windows, report.step) for decoder in decoders]
-    scores = _score(decoders, outputs, windows, report)
-    evaluation = _summarize(scores, windows, has_base=len(decoders) > 1)
-    return replace(evaluation, seconds=time.perf_counter() - started)
+    evaluations = []
+    for index in judged:
+        pair = [(decoders[i].head(), outputs[i]) for i in sorted({0, index})]
+        found = _summarize(_score(pair, windows, report), windows, has_base=len(pair) > 1)
+        evaluations.append(replace(found, seconds=time.perf_counter() - started))
+    return evaluations
 
 
 def final_hidden(decoder: Decoder, windows: torch.Tensor, step: Callable[[], None]) -> torch.Tensor:
@@ -125,11 +129,10 @@ class _Scores:
 
 
 def _score(
-    decoders: list[Decoder], outputs: list[torch.Tensor], windows: torch.Tensor, report: Pace
+    pair: Sequence[tuple[OutputHead, torch.Tensor]], windows: torch.Tensor, report: Pace
 ) -> _Scores:
-    """Compare the last decoder with the first, which are the same one without a base."""
-    heads = [decoder.head() for decoder in decoders]
-    buffers = [torch.empty(POSITIONS_AT_ONCE, len(head.weight)) for head in heads]
+    """Compare the last model with the first, by its head and what that receives."""
+    buffers = [torch.empty(POSITIONS_AT_ONCE, len(head.weight)) for head, _ in pair]
     rows = []
     for index, window in enumerate(windows):
         sums = torch.zeros(4, dtype=torch.float64)
@@ -138,7 +141,7 @@ def _score(
             piece = slice(start, start + POSITIONS_AT_ONCE)
             log_probs = [
                 _log_probs(output[index, :-1][piece], head, buffer)
-                for output, head, buffer in zip(outputs, heads, buffers, strict=True)
+                for (head, output), buffer in zip(pair, buffers, strict=True)
             ]
             if not all(bool(torch.isfinite(values).all()) for values in log_probs):
                 raise CheckpointError(

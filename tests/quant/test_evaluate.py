@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qserve.kernels.activations import Activations, round_activations
+from qserve.quant.decoder import Decoder
 from qserve.quant.errors import CalibrationError, CheckpointError
-from qserve.quant.evaluate import Evaluation, evaluate
+from qserve.quant.evaluate import Evaluation, compare, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import Method, QuantizeOptions
 from qserve.quant.pipeline import quantize
@@ -80,6 +81,13 @@ def test_figures_are_those_of_the_definition(
     assert found.activations is None
     for field in set(Evaluation.__slots__) - {"activations"}:
         assert getattr(found, field) == pytest.approx(getattr(expected, field), rel=1e-4), field
+
+
+def test_every_decoder_is_judged_against_the_first(tiny_llama: Path, other_llama: Path) -> None:
+    decoders = [Decoder(Checkpoint(path)) for path in (tiny_llama, other_llama, tiny_llama)]
+    other, same = compare(decoders, torch.arange(60).view(3, 20), ignore_progress)
+    assert other.kl is not None and other.kl > 0.01
+    assert (same.kl, same.top1, same.perplexity) == (0, 1, other.base_perplexity)
 
 
 def test_without_a_base_there_is_a_perplexity_alone(tiny_llama: Path, text: str) -> None:

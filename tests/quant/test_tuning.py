@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -108,6 +109,26 @@ def test_the_same_number_of_steps_gives_the_same_bytes(
         tune(folder, tiny_llama, windows, options, TuneOptions(steps=3))
     first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert first == second != (packed / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_the_clock_ended_repeats_by_its_steps(
+    packed: Path,
+    tiny_llama: Path,
+    windows: TuningWindows,
+    options: QuantizeOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folders = [shutil.copytree(packed, tmp_path / name) for name in ("timed", "counted")]
+    with monkeypatch.context() as patched:
+        seconds = count()
+        patched.setattr(time, "perf_counter", lambda: next(seconds))
+        timed = tune(folders[0], tiny_llama, windows, options, TuneOptions(minutes=0.5))
+    assert 0 < timed.kept_step == timed.steps < session.STEPS_BETWEEN_JUDGEMENTS
+    counted = tune(folders[1], tiny_llama, windows, options, TuneOptions(steps=timed.steps))
+    assert replace(counted, seconds=timed.seconds) == timed
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
+    assert first == second
 
 
 def test_nothing_changes_when_nothing_is_better(
