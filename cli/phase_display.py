@@ -36,6 +36,9 @@ def phase_display(
 
 
 def describe_step(step: Progress) -> str:
-    """What is worth knowing of a step that is done: the error of its block, the time left."""
-    left = f"{format_seconds(step.seconds_left)} left"
-    return left if step.error is None else f"error {step.error:.2e}, {left}"
+    """What is worth knowing of a step that is done: the error of its block, its layers of experts
+    that saw little text, the time left."""
+    said = [] if step.error is None else [f"error {step.error:.2e}"]
+    if step.num_short_of_text:
+        said.append(f"{step.num_short_of_text} layers short of text")
+    return ", ".join([*said, f"{format_seconds(step.seconds_left)} left"])

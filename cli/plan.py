@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 BESIDE_A_RECIPE = ("model", "recipe", "output", "threads", "as_json")
 """What may be given together with a recipe, which says all the rest."""
+
+MOST_LISTED = 24
+"""Layers left in 16 bits that are listed one by one."""
 
 
 @click.command(short_help="Say what a quantization will cost and give.")
@@ -103,6 +108,14 @@ def _warn_of_space(output: Path, found: Estimate) -> None:
         say(f"{parent} has {format_bytes(free)} free: too little for this run")
 
 
+def _list_skipped(found: Estimate) -> list[tuple[str, str]]:
+    """The layers and the reasons; of many, those that differ by their numbers alone as one."""
+    if len(found.skipped) <= MOST_LISTED:
+        return [(layer.name, layer.reason) for layer in found.skipped]
+    kinds = Counter((re.sub(r"\d+", "*", layer.name), layer.reason) for layer in found.skipped)
+    return [(f"{name} ({count} times)", reason) for (name, reason), count in kinds.items()]
+
+
 def _print(found: Estimate) -> None:
     group = "one scale a row" if found.group_size < 0 else f"groups of {found.group_size}"
     rows = [
@@ -118,8 +131,7 @@ def _print(found: Estimate) -> None:
     ]
     print_table(f"{found.method.upper()}, {found.bits} bits, as {found.format}", ("", ""), rows)
     if found.skipped:
-        skipped = [(layer.name, layer.reason) for layer in found.skipped]
-        print_table("left in 16 bits", ("layer", "why"), skipped)
+        print_table("left in 16 bits", ("layer", "why"), _list_skipped(found))
     if found.refused_group_sizes:
         refused = [(str(s), ", ".join(names)) for s, names in found.refused_group_sizes.items()]
         print_table(

@@ -148,6 +148,7 @@ def summarize(report: QuantizationReport, output: Path) -> dict[str, Any]:
         "report": str(output / FILE_NAME),
         "num_quantized_layers": len(report.layers),
         "num_skipped_layers": len(report.skipped),
+        "num_layers_short_of_text": report.num_short_of_text,
         **kept,
     }
 
@@ -164,6 +165,7 @@ def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
         ("bits per weight, quantized layers", f"{sizes.bits_per_weight:.3f}"),
         ("quantized layers", f"{len(report.layers)}, {_groups(report.group_size)}{differing}"),
         ("layers left in 16 bits", len(report.skipped)),
+        *_describe_experts(report),
         *([] if report.tuning is None else [("tuning", str(report.tuning))]),
         ("calibration", _describe_text(report)),
         ("time", format_seconds(report.seconds)),
@@ -171,6 +173,14 @@ def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
         ("report", summary["report"]),
     ]
     print_table(f"{report.method.upper()}, {report.bits} bits", ("", ""), rows)
+
+
+def _describe_experts(report: QuantizationReport) -> list[tuple[str, str]]:
+    """How many layers saw too few tokens, if any did."""
+    if not report.num_short_of_text:
+        return []
+    few = f"{report.num_short_of_text}: other tokens that came near told the rest; more text helps"
+    return [("layers of experts short of text", few)]
 
 
 def _describe_text(report: QuantizationReport) -> str:

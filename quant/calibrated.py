@@ -24,28 +24,24 @@ from dataclasses import dataclass, replace
 import torch
 
 from qserve.kernels.activations import round_activations
-from qserve.quant.architecture import Fold, Stage
+from qserve.quant.architecture import Stage
 from qserve.quant.block_result import BlockResult
 from qserve.quant.decoder import Block
 from qserve.quant.drift import Lack, LackingInputs, LackingOutputs, aim_
-from qserve.quant.errors import CheckpointError
-from qserve.quant.folding import fold_, settle_, sharing_of
+from qserve.quant.folding import settle_
 from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.methods import Profile
-from qserve.quant.objective import GramMatrix
 from qserve.quant.plan import Plan
-from qserve.quant.published import PublishedScaleSearch
 from qserve.quant.report import LayerReport
-from qserve.quant.scaling import ScaleChoice, ScaledStage, ScaleSearch
-from qserve.quant.smoothing import SmoothSearch
+from qserve.quant.scaling import ScaleChoice
+from qserve.quant.seen import Seen, TokenCount, gram_of
 from qserve.quant.stage_rounding import StageRounding
-from qserve.quant.steps import Rounding, Steps, Transform
-from qserve.quant.walk import ScratchMemory, Seen, walk_
+from qserve.quant.stage_scales import StageScales
+from qserve.quant.steps import Rounding, Steps
+from qserve.quant.walk import ScratchMemory, walk_
 
 NUM_TRANSFORM_WINDOWS = 8
 """Windows, of those given, that choose the scales: two exponents need little data."""
-
-NUM_SMOOTHING_TOKENS = 1024
 
 MIN_TOKENS_PER_INPUT = 4
 """Calibration tokens for each input of a layer that error feedback needs: it uses all of the Gram
@@ -98,13 +94,16 @@ class CalibratedQuantizer:
             block.round_inputs_(self._plan.names_in(block), self._profile.activations)
         weights: dict[str, QuantizedWeight] = {}
         layers: list[LayerReport] = []
-        for stage, windows in walk_(block, self._hidden, self._scratch, self._exact):
+        for stage, windows in walk_(
+            block, self._hidden, self._scratch, self._exact, MIN_TOKENS_PER_INPUT
+        ):
             spec = self._plan.spec(block, stage)
             if spec is None:
                 continue
-            gram = self._aim_(block, stage, self._as_multiplied(windows))
+            count = TokenCount()
+            gram = self._aim_(block, stage, count.of(self._as_multiplied(windows)))
             steps, choice = self._steps_for(len(gram)), transformed.scales.get(stage.name)
-            found = StageRounding(spec, gram, steps, choice).run_(block, stage)
+            found = StageRounding(spec, gram, steps, choice, count).run_(block, stage)
             del gram  # before there is another one
             weights |= found.codes
             layers += found.reports
@@ -116,7 +115,7 @@ class CalibratedQuantizer:
         Returns the Gram matrix of what the stage receives.
         """
         lack = self._lack(block, stage)
-        gram = self._gram_of(block, stage, windows, lack)
+        gram = gram_of(block, stage, windows, lack)
         if lack is not None:
             aim_([block.linear(name).weight for name in stage.linears], gram, lack)
         return gram
@@ -134,42 +133,8 @@ class CalibratedQuantizer:
         """Choose and fold the scales of a float block."""
         left = self._hidden[:: self._stride].clone()
         entered = left.clone()
-        found = {
-            stage.name: self._choose_scale(block, stage, windows)
-            for stage, windows in walk_(block, left, self._scratch)
-        }
-        scales = {}
-        for stage in block.stages:
-            choice = found[stage.name]
-            if choice is not None:
-                scales[stage.name] = replace(choice, scale=fold_(block, stage, choice.scale))
-        return _Transformed(scales, entered, left)
-
-    def _choose_scale(
-        self, block: Block, stage: Stage, windows: Iterator[Seen]
-    ) -> ScaleChoice | None:
-        """The scale of a stage; None for a stage that gets none."""
-        transform, spec = self._profile.steps.transform, self._plan.spec(block, stage)
-        if transform is Transform.NONE or spec is None:
-            return None
-        sharing = sharing_of(block, stage)
-        weight = torch.cat([block.linear(name).weight for name in stage.linears])
-        form = (spec.group_size, spec.levels, sharing)
-        if transform is Transform.SCALE:
-            gram = self._gram_of(block, stage, windows)
-            return ScaleSearch(ScaledStage(weight, gram, *form)).run()
-        seen = list(windows)
-        inputs = torch.cat([one.received for one in seen])
-        if transform is Transform.PUBLISHED_SCALE:
-            if sharing is not None and sharing.repeats > 1:
-                return None  # published for query heads that have key/value heads of their own
-            scaled = ScaledStage(weight, self._gram_of(block, stage, seen), *form)
-            return PublishedScaleSearch(scaled, inputs).run()
-        sample = inputs[:: -(-len(inputs) // NUM_SMOOTHING_TOKENS)]
-        smoothing = SmoothSearch(weight, sample.clone(), *form)
-        if transform is Transform.SMOOTH:
-            return smoothing.run()
-        return smoothing.published() if stage.fold is Fold.NORM else None
+        scales = StageScales(self._plan, self._profile.steps.transform)
+        return _Transformed(scales.fold_(block, left, self._scratch), entered, left)
 
     def _steps_for(self, num_inputs: int) -> Steps:
         """The steps that were asked for, unless there are too few tokens for error feedback."""
@@ -193,20 +158,3 @@ class CalibratedQuantizer:
                 yield seen
             else:
                 yield replace(seen, received=round_activations(seen.received, activations))
-
-    def _gram_of(
-        self, block: Block, stage: Stage, windows: Iterable[Seen], lack: Lack | None = None
-    ) -> torch.Tensor:
-        """The Gram matrix of what a stage receives; ``lack`` is given the same windows."""
-        gram = GramMatrix(block.linear(stage.linears[0]).in_features)
-        for seen in windows:
-            gram.add(seen.received)
-            if lack is not None and seen.exact is not None:
-                lack.add(seen.received, seen.exact, seen.hidden)
-        mean = gram.mean()
-        if not bool(torch.isfinite(mean).all()):
-            raise CheckpointError(
-                f"{block.full_name(stage.linears[0])} receives infinite or NaN inputs: the model "
-                "overflows on the calibration text, its weights are damaged"
-            )
-        return mean

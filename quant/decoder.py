@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,14 +18,20 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from qserve.kernels.activations import Activations, round_activations
 from qserve.quant.architecture import (
+    ATTENTION_OUTPUT,
+    MLP_OUTPUT,
     Architecture,
+    Fold,
+    LayerSet,
     Stage,
     architecture_of,
     attention_implementation,
     attention_mask,
     check_rotary,
+    layer_sets,
 )
 from qserve.quant.errors import CheckpointError
+from qserve.quant.experts import ExpertMixture, MixtureLayer
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.soundness import check, check_block_count, check_sizes, checked
 
@@ -43,21 +48,35 @@ class Block:
         index: int,
         layer: nn.Module,
         architecture: Architecture,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
+        stages: tuple[Stage, ...],
+        context: dict[str, Any],
     ) -> None:
+        """context: what the attention is given beside hidden states."""
         self.index = index
         self.layer = layer
         self.architecture = architecture
+        self.stages = stages
         self._rounds_inputs = True
-        self._context: dict[str, Any] = {
-            "position_embeddings": positions,  # cosines and sines, each [1, T, rotary width]
-            "attention_mask": mask,
-        }
+        self._context = context
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self.architecture.stages
+    def layer_sets(self) -> tuple[LayerSet, ...]:
+        """What is coded alike."""
+        return layer_sets(self.stages)
+
+    @property
+    def mixture(self) -> ExpertMixture | None:
+        """The experts in place of the MLP."""
+        modules = (module for module in self.layer.children() if isinstance(module, ExpertMixture))
+        return next(modules, None)
+
+    def readers(self, stage: Stage) -> tuple[Stage, ...]:
+        """The stages whose inputs share a scale with those of this one, itself included."""
+        if stage.fold is not Fold.NORM:
+            return (stage,)
+        return tuple(
+            one for one in self.stages if (one.fold, one.previous) == (stage.fold, stage.previous)
+        )
 
     def module(self, name: str) -> nn.Module:
         """A submodule by its name inside the block, such as ``mlp.down_proj``."""
@@ -101,10 +120,11 @@ class Block:
 
     def adds(self, stage: Stage) -> bool:
         """Whether the outputs of a stage are added to the hidden states, and as they are."""
-        return stage in self.stages[1::2] and self._norm_behind(stage) is None
+        is_output = stage.name in (ATTENTION_OUTPUT, MLP_OUTPUT)
+        return is_output and self._norm_behind(stage) is None
 
     def _norm_behind(self, output: Stage) -> str | None:
-        is_attention = self.stages.index(output) == 1
+        is_attention = output.name == ATTENTION_OUTPUT
         return self.architecture.attention_norm if is_attention else self.architecture.mlp_norm
 
     def store_into(self, cache: Any) -> None:
@@ -221,6 +241,7 @@ class Decoder:
         self.architecture = architecture_of(checkpoint)
         self.config = _configuration(checkpoint)
         check_rotary(self.config, str(checkpoint.folder))
+        self._skeletons: dict[bool, Block] = {}
 
     @property
     def num_blocks(self) -> int:
@@ -231,10 +252,12 @@ class Decoder:
         """The head is the embedding matrix."""
         return bool(self.config.tie_word_embeddings)
 
-    @cached_property
-    def skeleton(self) -> Block:
-        """A block without memory, on the meta device: names and shapes of all blocks."""
-        return self.shell(0, length=1)
+    def skeleton(self, index: int) -> Block:
+        """What has the names and shapes of block ``index``, on the meta device: without memory."""
+        has_experts = self.architecture.experts_of(self.config, index) is not None
+        if has_experts not in self._skeletons:
+            self._skeletons[has_experts] = self.shell(index, length=1)
+        return self._skeletons[has_experts]
 
     def block(self, index: int, length: int) -> Block:
         """Block ``index`` for windows of ``length`` tokens, in float32, packed weights dequantized.
@@ -258,12 +281,20 @@ class Decoder:
 
     def shell(self, index: int, length: int) -> Block:
         """Block ``index`` for windows of ``length`` tokens without memory: on the meta device."""
+        experts = self.architecture.experts_of(self.config, index)
         with torch.device("meta"):
             layer = self.architecture.layer(self.config, index)
-        mask = attention_mask(self.config, index, length)
-        return Block(index, layer.eval(), self.architecture, self._positions(length), mask)
+            if experts is not None:
+                layer = MixtureLayer(layer, self.config, experts)
+        context = {
+            "position_embeddings": self._positions(length),
+            "attention_mask": attention_mask(self.config, index, length),
+        }
+        stages = self.architecture.stages_of(self.config, index)
+        return Block(index, layer.eval(), self.architecture, stages, context)
 
     def _positions(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, each ``[1, T, rotary width]``."""
         rotary = self.architecture.rotary(self.config)
         cosines, sines = rotary(torch.empty(0), torch.arange(length)[None])
         return cosines, sines

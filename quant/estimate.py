@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qserve.quant.architecture import Stage
+from qserve.quant.architecture import EXPERTS, Fold, Stage
+from qserve.quant.calibrated import MIN_TOKENS_PER_INPUT
 from qserve.quant.decoder import HEAD, Block, Decoder
 from qserve.quant.engine_rules import VERSIONS, Facts, Verdict, judge
 from qserve.quant.errors import CheckpointError
@@ -20,7 +21,7 @@ from qserve.quant.grid import Rounded, nearest_levels
 from qserve.quant.inspection import dtype_bits
 from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
 from qserve.quant.options import QuantizeOptions
-from qserve.quant.plan import Plan, SkippedLayer, make_plan
+from qserve.quant.plan import Plan, SkippedLayer, block_name, make_plan
 from qserve.quant.stacked_rows import NUMBERS_AT_ONCE
 from qserve.quant.steps import Rounding, Transform
 from qserve.quant.target import StageSpec, divides
@@ -99,8 +100,10 @@ def estimate(decoder: Decoder, options: QuantizeOptions) -> Estimate:
     plan, profile = make_plan(decoder, options), profile_of(options)
     _check_headers(decoder)
     sizes = _Sizes(decoder, plan, profile)
-    costs = _Costs(decoder.skeleton, profile, options)
-    hidden_bytes = costs.hidden_bytes if profile.calibrated else 0
+    costs = [
+        _Costs(decoder.skeleton(index), profile, options) for index in range(decoder.num_blocks)
+    ]
+    hidden_bytes = costs[0].hidden_bytes if profile.calibrated else 0
     return Estimate(
         model=source.folder.name,
         architecture=source.architecture,
@@ -111,22 +114,22 @@ def estimate(decoder: Decoder, options: QuantizeOptions) -> Estimate:
         num_blocks=decoder.num_blocks,
         num_quantized_layers=len(sizes.layers),
         skipped=plan.skipped,
-        refused_group_sizes=_refused(decoder.skeleton, profile),
+        refused_group_sizes=_refused(decoder, profile),
         source_bytes=sum(path.stat().st_size for path in set(source.tensor_files.values())),
         quantized_bytes=sizes.total_bytes,
         bits_per_weight=sizes.bits_per_weight,
         disk_bytes=2 * sizes.total_bytes + 2 * hidden_bytes,
-        memory_bytes=costs.memory_bytes,
-        seconds=costs.operations * decoder.num_blocks / _operations_per_second(),
+        memory_bytes=max(one.memory_bytes for one in costs),
+        seconds=sum(one.operations for one in costs) / _operations_per_second(),
         engines=tuple(judge(sizes.facts(), VERSIONS)),
     )
 
 
 def _check_headers(decoder: Decoder) -> None:
     """Raise ``CheckpointError`` unless every parameter of every block is there, in its shape."""
-    block, source = decoder.skeleton, decoder.checkpoint
+    source = decoder.checkpoint
     for index in range(decoder.num_blocks):
-        for name, parameter in block.layer.named_parameters():
+        for name, parameter in decoder.skeleton(index).layer.named_parameters():
             full_name = f"model.layers.{index}.{name}"
             if source.shape(full_name) != tuple(parameter.shape):
                 raise CheckpointError(
@@ -135,10 +138,16 @@ def _check_headers(decoder: Decoder) -> None:
                 )
 
 
-def _refused(block: Block, profile: Profile) -> dict[int, tuple[str, ...]]:
-    names = [name for stage in block.stages for name in stage.linears]
+def _refused(decoder: Decoder, profile: Profile) -> dict[int, tuple[str, ...]]:
+    widths = {
+        name: block.linear(name).in_features
+        for block in map(decoder.skeleton, range(decoder.num_blocks))
+        for stage in block.stages
+        if not stage.is_router
+        for name in stage.linears
+    }
     found = {
-        size: tuple(name for name in names if not divides(size, block.linear(name).in_features))
+        size: tuple(name for name, width in widths.items() if not divides(size, width))
         for size in profile.group_sizes
         if size != WHOLE_ROW
     }
@@ -158,12 +167,13 @@ class _Sizes:
             dtype=decoder.architecture.dtype,
         )
         self._known: dict[tuple[StageSpec, int, int], float] = {}
-        block = decoder.skeleton
-        stages = {stage.name: stage for stage in block.stages}
+        blocks = {index: decoder.skeleton(index) for index in range(decoder.num_blocks)}
         self.layers = {
-            f"model.layers.{index}.{name}": (spec, block.linear(name))
-            for (index, stage), spec in plan.specs.items()
-            for name in stages[stage].linears
+            block_name(index, name): (plan.specs[index, layer_set.name], block.linear(name))
+            for index, block in blocks.items()
+            for layer_set in block.layer_sets
+            if (index, layer_set.name) in plan.specs
+            for name in layer_set.linears
         }
         packed = {
             name: self._packed_bytes(spec, layer.out_features, layer.in_features)
@@ -211,7 +221,7 @@ def _encoded_bytes(
 ) -> int:
     """Bytes of a made-up weight as the format stores it."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-    groups = values.unflatten(1, (-1, spec.group_size))
+    groups = values.unflatten(1, (-1, spec.width(shape[1])))
     grid = profile.choose_grid(groups, spec.levels).settled()
     packed = writer.encode(Rounded(nearest_levels(groups, grid), grid).pack())
     return sum(tensor.nbytes for tensor in packed.values())
@@ -234,7 +244,7 @@ class _Costs:
         self._searched_tokens = -(-options.num_samples // stride) * options.seq_len
         self._hidden_size = block.linear(block.stages[0].linears[0]).in_features
         self._wide = max(self._width(stage) for stage in block.stages)
-        self._kept = max(self._width(stage) for stage in self._block.stages[1::2])
+        self._top_k = 0 if block.mixture is None else block.mixture.top_k
         self._rows = {stage.name: self._num_rows(stage) for stage in block.stages}
         self._num_models = 2 if profile.steps.follow_float_model else 1
         self.hidden_bytes = FLOAT_BYTES * self._num_models * self._tokens * self._hidden_size
@@ -244,6 +254,24 @@ class _Costs:
 
     def _num_rows(self, stage: Stage) -> int:
         return sum(self._block.linear(name).out_features for name in stage.linears)
+
+    def _shown(self, stage: Stage, tokens: int, least_per_input: int = 0) -> float:
+        """How many of so many tokens choose the codes of a stage."""
+        mixture = self._block.mixture
+        if mixture is None or stage.layer_set != EXPERTS:
+            return tokens
+        share = self._top_k / len(mixture.experts)
+        return min(tokens, max(tokens * share, least_per_input * self._wide))
+
+    @property
+    def _kept(self) -> int:
+        """Numbers for each token that a walk through the block keeps, see `quant/walk.py`."""
+        outputs = [stage for stage in self._block.stages if stage.fold is not Fold.NORM]
+        widest = max(map(self._width, outputs))
+        if self._block.mixture is None:
+            return widest
+        normed = self._num_models * self._hidden_size
+        return max(widest, normed + (widest if self._num_models > 1 else 0))
 
     @property
     def memory_bytes(self) -> int:
@@ -256,7 +284,7 @@ class _Costs:
         if self._profile.calibrated:
             numbers += GRAM_MATRICES * self._wide**2
             numbers += self._tokens * (self._num_models * self._hidden_size + self._kept)
-            numbers += 2 * self._searched_tokens * self._hidden_size
+            numbers += (2 + self._top_k) * self._searched_tokens * self._hidden_size
         memory = FLOAT_BYTES * (self._parameters + numbers) + self._parameters
         return process + memory
 
@@ -265,14 +293,17 @@ class _Costs:
         """Floating-point operations, in the time that those of a large product take."""
         if not self._profile.calibrated:
             return PLAIN_OPERATIONS * self._parameters
-        tokens = self._tokens + self._searched_tokens
-        total = 2.0 * self._parameters * (tokens + (self._num_models - 1) * self._tokens)
         feeds_back = self._profile.steps.rounding is Rounding.FEEDBACK
         products = FEEDBACK_PRODUCTS if feeds_back else NEAREST_PRODUCTS
-        total += self._parameters * (FEEDBACK_OPERATIONS if feeds_back else NEAREST_OPERATIONS)
+        total = self._parameters * (FEEDBACK_OPERATIONS if feeds_back else NEAREST_OPERATIONS)
         for stage in self._block.stages:
             rows, width = self._rows[stage.name], self._width(stage)
-            total += width**2 * (tokens + 2 * (self._num_models - 1) * self._tokens)
+            shown = self._shown(stage, self._tokens, MIN_TOKENS_PER_INPUT)
+            searched_tokens = self._shown(stage, self._searched_tokens)
+            total += 2.0 * rows * width * (self._num_models * shown + searched_tokens)
+            if stage.is_router:
+                continue
+            total += width**2 * ((2 * self._num_models - 1) * shown + searched_tokens)
             if self._profile.steps.transform is Transform.SCALE:
                 searched = SEARCHED_CANDIDATES * SEARCH_ROWS + FULL_CANDIDATES * rows
                 total += 2.0 * searched * width**2

@@ -24,10 +24,11 @@ def sharing_of(block: Block, stage: Stage) -> HeadSharing | None:
 def fold_(block: Block, stage: Stage, scale: torch.Tensor) -> torch.Tensor:
     """Multiply the weights of a stage by ``scale [K]`` and divide what computes its inputs by it.
 
-    Returns the scale that was applied. Behind a norm it differs from the asked one in the last
-    digits: the divided norm is rounded to the type it is stored in first, and the scale is the
-    quotient of the two, so that the stored model computes the same function. Where a norm adds an
-    offset to what is stored (Gemma), small factors are coarser than that, and the scales with them.
+    Returns the scale that was applied. Behind a norm, where all layers that read it are multiplied,
+    it differs from the asked one in the last digits: the divided norm is rounded to the type it is
+    stored in first, and the scale is the quotient of the two, so that the stored model computes the
+    same function. Where a norm adds an offset to what is stored (Gemma), small factors are coarser
+    than that, and the scales with them.
     """
     if stage.fold is Fold.NORM:
         weight, offset = (
@@ -47,8 +48,9 @@ def fold_(block: Block, stage: Stage, scale: torch.Tensor) -> torch.Tensor:
         previous.weight[-len(by_row) :].div_(by_row[:, None])
         if previous.bias is not None:
             previous.bias[-len(by_row) :].div_(by_row)
-    for name in stage.linears:
-        block.linear(name).weight.mul_(scale)
+    for reader in block.readers(stage):
+        for name in reader.linears:
+            block.linear(name).weight.mul_(scale)
     return scale
 
 

@@ -1,10 +1,10 @@
-"""Mixed precision: bits and groups for every stage, so that a size buys the least divergence.
+"""Mixed precision: bits and groups for every set of layers, so that a size buys most.
 
-Each stage has candidates: 16 bits, and every width and group size that the method, the format and
+Each set has candidates: 16 bits, and every width and group size that the method, the format and
 the overrides leave it. Each takes bytes and adds to the KL divergence, by the estimate of
-``quant/sensitivity.py``; the estimates of different stages add up. To make the sum least within a
+``quant/sensitivity.py``; the estimates of different sets add up. To make the sum least within a
 number of bytes is a knapsack: from the smallest candidates on, the step comes first that takes away
-most divergence for its bytes (so each stage walks along the convex hull of its candidates), and
+most divergence for its bytes (so each set walks along the convex hull of its candidates), and
 what is left over at the end goes to single steps that still fit.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from qserve.quant.architecture import Stage
+from qserve.quant.architecture import LayerSet
 from qserve.quant.decoder import Decoder
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.layer_format import HEAD
@@ -35,7 +35,7 @@ from qserve.quant.target import StageSpec, Target
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to store the layers of a stage.
+    """One way to store the layers of a set.
 
     spec: None for 16 bits. num_bytes: of their weights. kl: what it adds, in nats, by estimate.
     """
@@ -47,13 +47,15 @@ class Candidate:
     def __str__(self) -> str:
         if self.spec is None:
             return "16 bits"
-        return f"{self.spec.levels.bits} bits in groups of {self.spec.group_size}"
+        size = self.spec.group_size
+        groups = "rows" if size == WHOLE_ROW else f"groups of {size}"
+        return f"{self.spec.levels.bits} bits in {groups}"
 
 
 Choices = dict[StageKey, Candidate]
 
 Estimates = Mapping[StageKey, tuple[float, ...]]
-"""The divergence that each candidate of a stage adds that has codes, in their order."""
+"""The divergence that each candidate of a set adds that has codes, in their order."""
 
 
 class Mixer:
@@ -66,19 +68,24 @@ class Mixer:
         """
         self._decoder = decoder
         self._plan = plan
-        self._stages = {stage.name: stage for stage in decoder.skeleton.stages}
+        self._layers = {
+            (index, layer_set.name): _layers_of(decoder, index, layer_set)
+            for index in range(decoder.num_blocks)
+            for layer_set in decoder.skeleton(index).layer_sets
+        }
         self._target = Target(options)
         self._sizes = PackedSizes(self._target.writer)
         self._widths = options.widths
         asked = options.group_size if options.is_limited else None
         self._group_sizes = self._target.group_sizes if asked is None else (asked,)
         self._candidates = {
-            key: self._list(self._stages[key[1]], spec) for key, spec in plan.specs.items()
+            key: self._list(list(self._layers[key].values()), spec)
+            for key, spec in plan.specs.items()
         }
         self._limit = self._find_limit(options) if options.is_limited else None
 
     def measure(self, token_ids: torch.Tensor, progress: ProgressCallback) -> Estimates:
-        """What the candidates of each stage add, by calibration windows ``[S, T]``."""
+        """What the candidates of each set add, by calibration windows ``[S, T]``."""
         specs = {
             key: [one.spec for one in candidates if one.spec is not None]
             for key, candidates in self._candidates.items()
@@ -86,7 +93,7 @@ class Mixer:
         return measure_sensitivity(self._decoder, token_ids, specs, progress)
 
     def estimated(self, estimates: Estimates) -> dict[StageKey, list[Candidate]]:
-        """The candidates of every stage with what they add."""
+        """The candidates of every set with what they add."""
         found: dict[StageKey, list[Candidate]] = {}
         for key, candidates in self._candidates.items():
             values = iter(estimates[key])
@@ -109,60 +116,51 @@ class Mixer:
         }
 
     def names(self, key: StageKey) -> list[str]:
-        """The full names of the layers of a stage."""
-        return [block_name(key[0], name) for name in self._stages[key[1]].linears]
+        """The full names of the layers of a set."""
+        return list(self._layers[key])
 
-    def stated_size(self, spec: StageSpec) -> int:
-        """The group size as options state it: -1 for one scale a row."""
-        if spec.group_size in self._target.group_sizes:
-            return spec.group_size
-        return WHOLE_ROW
-
-    def _list(self, stage: Stage, usual: StageSpec) -> list[Candidate]:
-        """What a stage may become, from the smallest on."""
+    def _list(self, layers: Sequence[nn.Linear], usual: StageSpec) -> list[Candidate]:
+        """What a set may become, from the smallest on."""
         if usual.reason:
-            return [self._candidate(stage, usual)]
-        layer = self._decoder.skeleton.linear(stage.linears[0])
+            return [self._candidate(layers, usual)]
         specs = [
-            self._target.spec(layer, bits, size)
+            self._target.spec(bits, size)
             for bits in self._target.widths
             if not self._widths or bits in self._widths
             for size in self._group_sizes
         ]
-        fitting = [spec for spec in dict.fromkeys(specs) if self._fits(stage, spec, usual)]
-        found = [self._candidate(stage, spec) for spec in fitting]
+        # A row of 64 inputs is a group of 64: such two are one, the usual one if it is among them.
+        fitting = {
+            tuple(map(spec.scheme, layers)): spec
+            for spec in [*specs, *(spec for spec in specs if spec == usual)]
+            if self._fits(layers, spec, usual)
+        }
+        found = [self._candidate(layers, spec) for spec in fitting.values()]
         if not self._widths or FLOAT_BITS in self._widths:
-            found.append(self._candidate(stage, None))
+            found.append(self._candidate(layers, None))
         if not found:
             raise OptionError(f"widths {self._widths}: the format holds none of them")
         return sorted(found, key=lambda one: one.num_bytes)
 
-    def _fits(self, stage: Stage, spec: StageSpec, usual: StageSpec) -> bool:
+    def _fits(self, layers: Sequence[nn.Linear], spec: StageSpec, usual: StageSpec) -> bool:
         """Whether the format holds it, also beside what other layers have without a limit."""
-        layers = [self._decoder.skeleton.linear(name) for name in stage.linears]
         if any(self._target.refusal(layer, spec) is not None for layer in layers):
             return False
         pair = {"a": spec.scheme(layers[0]), "b": usual.scheme(layers[0])}
         return self._target.refuse_mixture(pair, []) is None
 
-    def _candidate(self, stage: Stage, spec: StageSpec | None) -> Candidate:
-        layers = [self._decoder.skeleton.linear(name) for name in stage.linears]
+    def _candidate(self, layers: Sequence[nn.Linear], spec: StageSpec | None) -> Candidate:
         if spec is None:
             return Candidate(None, sum(map(float_bytes, layers)))
         return Candidate(spec, sum(self._sizes.num_bytes(layer, spec) for layer in layers))
 
     def _find_limit(self, options: QuantizeOptions) -> int:
-        """Bytes that the stages may take together."""
-        skeleton = self._decoder.skeleton
-        num_left = sum(
-            skeleton.linear(layer.name.split(".", 3)[-1]).weight.numel()
-            for layer in self._plan.skipped
+        """Bytes that the sets may take together."""
+        num_every, num_weights = (
+            sum(layer.weight.numel() for key in keys for layer in self._layers[key].values())
+            for keys in (self._layers, self._candidates)
         )
-        num_weights = sum(
-            skeleton.linear(name).weight.numel()
-            for _, stage in self._candidates
-            for name in self._stages[stage].linears
-        )
+        num_left = num_every - num_weights
         smallest = sum(options_of[0].num_bytes for options_of in self._candidates.values())
         limits = []
         if options.avg_bits is not None:
@@ -187,10 +185,9 @@ class Mixer:
     def _packed(self) -> dict[str, int]:
         """What files have for each layer that may be packed, beside the codes of the blocks."""
         headers = {}
-        for (index, stage), usual in self._plan.specs.items():
-            for name in self._stages[stage].linears:
-                full_name, layer = block_name(index, name), self._decoder.skeleton.linear(name)
-                headers[full_name] = self._sizes.header_bytes(layer, usual, full_name)
+        for key, usual in self._plan.specs.items():
+            for name, layer in self._layers[key].items():
+                headers[name] = self._sizes.header_bytes(layer, usual, name)
         head = self._plan.head
         if head is not None:
             spec = StageSpec(LEVELS, head.group_size)
@@ -207,8 +204,7 @@ class Mixer:
             if choice.spec is not None:
                 specs[key] = replace(choice.spec, reason=choice.spec.reason or reason)
             else:
-                names = [block_name(key[0], name) for name in self._stages[key[1]].linears]
-                skipped |= {name: SkippedLayer(name, reason) for name in names}
+                skipped |= {name: SkippedLayer(name, reason) for name in self._layers[key]}
         if not specs:
             return self._plan
         settings = Counter((spec.levels.bits, spec.group_size) for spec in specs.values())
@@ -222,20 +218,20 @@ class Mixer:
         )
 
     def _in_order(self, names: Iterable[str]) -> list[str]:
-        every = [
-            block_name(index, name)
-            for index in range(self._decoder.num_blocks)
-            for stage in self._decoder.skeleton.stages
-            for name in stage.linears
-        ]
         kept = set(names)
-        return [name for name in every if name in kept]
+        return [name for layers in self._layers.values() for name in layers if name in kept]
+
+
+def _layers_of(decoder: Decoder, index: int, layer_set: LayerSet) -> dict[str, nn.Linear]:
+    """The layers of a set by their full names, on the meta device."""
+    block = decoder.skeleton(index)
+    return {block_name(index, name): block.linear(name) for name in layer_set.linears}
 
 
 def choose_candidates(candidates: Mapping[StageKey, Sequence[Candidate]], limit: int) -> Choices:
-    """One candidate of each stage, together at most ``limit`` bytes, for the least sum of KL.
+    """One candidate of each set, together at most ``limit`` bytes, for the least sum of KL.
 
-    candidates: of each stage, the smallest of which fit together.
+    candidates: of each set, the smallest of which fit together.
     """
     chosen = {key: min(some, key=lambda one: one.num_bytes) for key, some in candidates.items()}
     left = limit - sum(one.num_bytes for one in chosen.values())

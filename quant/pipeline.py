@@ -190,7 +190,8 @@ class _Run:
             self._records.append(record)
             pace = (time.perf_counter() - started) / (index + 1 - done)
             left = pace * (total - index - 1)
-            progress(Progress(Phase.QUANTIZE, index + 1, total, left, record.error))
+            short = sum(layer.num_borrowed > 0 for layer in record.layers)
+            progress(Progress(Phase.QUANTIZE, index + 1, total, left, record.error, short))
 
     def _quantize(self, index: int) -> BlockRecord:
         """Quantize, write and keep one block, of which nothing stays in memory."""

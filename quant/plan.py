@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from qserve.quant.architecture import Stage
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import OptionError
@@ -15,6 +17,14 @@ from qserve.quant.options import Head, QuantizeOptions
 from qserve.quant.output_head import head_scheme
 from qserve.quant.overrides import FLOAT_BITS, Overrides, Wish
 from qserve.quant.target import StageSpec, Target, divides
+
+Linears = Mapping[str, nn.Linear]
+"""The layers of a set, by their names inside the block, on the meta device."""
+
+ROUTER = "decides which experts a token goes to: routers are not quantized"
+
+MOST_LISTED = 8
+"""Layers that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,7 @@ class Plan:
     """What is done to each linear layer of the blocks.
 
     bits, group_size: of most layers; -1 for one scale a row.
-    specs: of every quantized stage, by the index of its block and its name.
+    specs: of every quantized set of layers, by the index of its block and its name.
     skipped: the other linear layers of the blocks, in the order of the model.
     head: how the output head is coded; None when it stays in 16 bits.
     notes: what a person who asked for something else than the whole should know.
@@ -45,7 +55,7 @@ class Plan:
 
     def spec(self, block: Block, stage: Stage) -> StageSpec | None:
         """How the layers of this stage are coded; None when they stay in 16 bits."""
-        return self.specs.get((block.index, stage.name))
+        return self.specs.get((block.index, stage.layer_set))
 
     def names_in(self, block: Block) -> tuple[str, ...]:
         """The quantized linear layers of a block, by their names inside it."""
@@ -56,42 +66,48 @@ class Plan:
 def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
     """The plan for a model.
 
-    The layers of a stage stay together: serving engines run them as one and need one format, so
+    The layers of a set stay together: serving engines run them as one and need one format, so
     what is asked for one of them is done to all. A layer is left in 16 bits when that is asked for,
-    or when the format cannot hold its shape.
+    when the format cannot hold its shape, and when it is a router.
     Raises ``OptionError`` for a group size that does not divide the inputs of a layer, for an
     override that the format cannot hold, for a pattern that matches nothing, and when nothing is
     left to quantize.
     """
-    block, target = decoder.skeleton, Target(options)
-    overrides = Overrides(options.all_overrides)
+    target, overrides = Target(options), Overrides(options.all_overrides)
     skipped: list[SkippedLayer] = []
-    wishes: dict[tuple[int, str], tuple[Stage, Wish]] = {}
+    wishes: dict[tuple[int, str], tuple[Linears, Wish]] = {}
     notes: dict[str, None] = {}
     for index in range(decoder.num_blocks):
-        for stage in block.stages:
-            wish = overrides.wish([block_name(index, name) for name in stage.linears])
-            left = _left_out(index, block, stage, wish, target)
+        block = decoder.skeleton(index)
+        for layer_set in block.layer_sets:
+            linears = {name: block.linear(name) for name in layer_set.linears}
+            wish = overrides.wish([block_name(index, name) for name in linears])
+            left = _left_out(index, linears, layer_set.is_router, wish, target)
             skipped += left
             if not left:
-                wishes[index, stage.name] = stage, wish
-            notes |= dict.fromkeys(_notes(stage, wish))
+                wishes[index, layer_set.name] = linears, wish
+            notes |= dict.fromkeys(_notes(linears, wish, layer_set.is_router))
     if overrides.unused:
         raise OptionError(
             f"{overrides.unused[0]!r} matches no linear layer: names look like "
-            f"{block.full_name(block.stages[0].linears[0])}"
+            f"{block_name(0, decoder.skeleton(0).stages[0].linears[0])}"
         )
     if not wishes:
         raise OptionError(
             f"no linear layer is left to quantize: {skipped[0].name}: {skipped[0].reason}"
         )
-    group_size = _group_size(options.group_size, block, list(wishes.values()), target)
+    group_size = _group_size(options.group_size, list(wishes.values()), target)
     specs = {
-        key: _spec(block, stage, wish, group_size, target) for key, (stage, wish) in wishes.items()
+        key: _spec(linears, wish, group_size, target) for key, (linears, wish) in wishes.items()
+    }
+    schemes = {
+        block_name(index, name): specs[index, layer_set].scheme(layer)
+        for (index, layer_set), (linears, _) in wishes.items()
+        for name, layer in linears.items()
     }
     head = _head(decoder, target) if options.head is Head.INT8 else None
     plan = Plan(target.levels.bits, group_size, specs, tuple(skipped), tuple(notes), head)
-    _check_mixture(plan, block, target)
+    _check_mixture(plan, schemes, target)
     return plan
 
 
@@ -101,38 +117,50 @@ def block_name(index: int, name: str) -> str:
 
 
 def _left_out(
-    index: int, block: Block, stage: Stage, wish: Wish, target: Target
+    index: int, linears: Linears, is_router: bool, wish: Wish, target: Target
 ) -> list[SkippedLayer]:
-    """The layers of a stage, when they stay in 16 bits, each with its reason."""
-    if wish.bits == FLOAT_BITS:
+    """The layers of a set, when they stay in 16 bits, each with its reason."""
+    if is_router:
+        reasons = {block_name(index, name): ROUTER for name in linears}
+    elif wish.bits == FLOAT_BITS:
         reasons = dict(wish.named)
     else:
-        misfits = {name: target.misfit(block.linear(name)) for name in stage.linears}
+        misfits = {name: target.misfit(layer) for name, layer in linears.items()}
         reasons = {block_name(index, name): why for name, why in misfits.items() if why is not None}
     if not reasons:
         return []
-    short = ", ".join(name.split(".", 3)[-1] for name in reasons)
+    short = _listed_layers([name.split(".", 3)[-1] for name in reasons])
     follows = f"runs fused with {short}, which stays in 16 bits"
-    names = [block_name(index, name) for name in stage.linears]
+    names = [block_name(index, name) for name in linears]
     return [SkippedLayer(name, reasons.get(name, follows)) for name in names]
 
 
-def _notes(stage: Stage, wish: Wish) -> list[str]:
-    """What is done to layers that nobody named, because they run as one with some that were."""
+def _notes(linears: Linears, wish: Wish, is_router: bool) -> list[str]:
+    """What is done to layers otherwise than asked for: that nobody named, because they run as one
+    with some that were; that are routers."""
     named = {name.split(".", 3)[-1] for name in wish.named}
-    others = [name for name in stage.linears if name not in named]
-    if not named or not others:
+    others = [name for name in linears if name not in named]
+    if is_router and named and wish.bits != FLOAT_BITS:
+        return [f"{_listed_layers(list(linears))} stay in 16 bits: routers are not quantized"]
+    if is_router or not named or not others:
         return []
     what = "stay in 16 bits" if wish.bits == FLOAT_BITS else "are coded"
-    return [f"{', '.join(others)} {what} like {', '.join(sorted(named))}: engines run them as one"]
+    like = _listed_layers(sorted(named))
+    return [f"{_listed_layers(others)} {what} like {like}: engines run them as one"]
 
 
-def _spec(block: Block, stage: Stage, wish: Wish, group_size: int, target: Target) -> StageSpec:
+def _listed_layers(names: Sequence[str]) -> str:
+    """Some names; the experts of a block are too many."""
+    if len(names) <= MOST_LISTED:
+        return ", ".join(names)
+    return f"{', '.join(names[:MOST_LISTED])} and {len(names) - MOST_LISTED} more"
+
+
+def _spec(linears: Linears, wish: Wish, group_size: int, target: Target) -> StageSpec:
     """What a wish comes to. Raises ``OptionError`` when the format cannot hold it."""
     size = group_size if wish.group_size is None else wish.group_size
-    for name in stage.linears:
-        layer = block.linear(name)
-        spec = target.spec(layer, wish.bits or target.levels.bits, size)
+    spec = target.spec(wish.bits or target.levels.bits, size)
+    for name, layer in linears.items():
         refusal = target.refusal(layer, spec)
         if refusal is not None:
             raise OptionError(f"{name} ({wish.reason}): {refusal}")
@@ -151,24 +179,18 @@ def _head(decoder: Decoder, target: Target) -> LayerScheme:
     return scheme
 
 
-def _check_mixture(plan: Plan, block: Block, target: Target) -> None:
-    """Raise ``OptionError`` when the format cannot hold the layers of a plan side by side."""
-    linears = {stage.name: stage.linears for stage in block.stages}
-    schemes = {
-        block_name(index, name): spec.scheme(block.linear(name))
-        for (index, stage), spec in plan.specs.items()
-        for name in linears[stage]
-    }
-    if plan.head is not None:
-        schemes[HEAD] = plan.head
-    refusal = target.refuse_mixture(schemes, [layer.name for layer in plan.skipped])
+def _check_mixture(plan: Plan, schemes: dict[str, LayerScheme], target: Target) -> None:
+    """Raise ``OptionError`` when the format cannot hold the layers of a plan side by side.
+
+    schemes: of the layers in the blocks, by full name.
+    """
+    head = {} if plan.head is None else {HEAD: plan.head}
+    refusal = target.refuse_mixture(schemes | head, [layer.name for layer in plan.skipped])
     if refusal is not None:
         raise OptionError(f"{refusal}: override with 16 bits alone, or choose another format")
 
 
-def _group_size(
-    asked: int | None, block: Block, wishes: Sequence[tuple[Stage, Wish]], target: Target
-) -> int:
+def _group_size(asked: int | None, wishes: Sequence[tuple[Linears, Wish]], target: Target) -> int:
     """The group size of the layers that wish for none: one that the method has."""
     sizes = target.group_sizes
     for size in [asked, *(wish.group_size for _, wish in wishes)]:
@@ -177,10 +199,10 @@ def _group_size(
                 f"group size {size}: this method takes {_listed(sizes)}, which every engine reads"
             )
     widths = {
-        name: block.linear(name).in_features
-        for stage, wish in wishes
+        name: layer.in_features
+        for linears, wish in wishes
         if wish.group_size is None
-        for name in stage.linears
+        for name, layer in linears.items()
     }
     fitting = [size for size in sizes if all(divides(size, w) for w in widths.values())]
     if asked is None:
@@ -188,8 +210,8 @@ def _group_size(
     if asked not in fitting:
         misfits = [f"{name} ({width})" for name, width in widths.items() if width % asked]
         raise OptionError(
-            f"groups of {asked} do not divide the inputs of {', '.join(misfits)}: use a group size "
-            f"of {_listed(fitting)}"
+            f"groups of {asked} do not divide the inputs of {_listed_layers(misfits)}: use a group "
+            f"size of {_listed(fitting)}"
         )
     return asked
 

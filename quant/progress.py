@@ -28,6 +28,7 @@ class Progress:
         quantizing or finding scales; steps or seconds, whichever limits it, when tuning).
     error: relative output error of the block just quantized; None where there is none.
     seconds_left: estimate for this phase, from the pace so far.
+    num_short_of_text: layers of the block that too few tokens go to, see ``LayerReport``.
     """
 
     phase: Phase
@@ -35,6 +36,7 @@ class Progress:
     total: int
     seconds_left: float
     error: float | None = None
+    num_short_of_text: int = 0
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], None]

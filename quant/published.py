@@ -37,7 +37,7 @@ class PublishedScaleSearch:
         """The best candidate; no scaling is the first of them."""
         exponents = [i / NUM_EXPONENTS for i in range(NUM_EXPONENTS)]
         scales = [scale_from_logs(a * self._log_inputs, self._stage.sharing) for a in exponents]
-        errors = [self._stage.error(scale) for scale in scales]
+        errors = self._stage.errors(scales)
         best = min(range(NUM_EXPONENTS), key=errors.__getitem__)
         return ScaleChoice(scales[best], exponents[best], 0.0, errors[best], errors[0])
 

@@ -103,7 +103,7 @@ class Escalation:
         pattern = f"^(?:{names})$"
         if spec is None:
             return Override(pattern, FLOAT_BITS, why=self._why)
-        return Override(pattern, spec.levels.bits, self._mixer.stated_size(spec), self._why)
+        return Override(pattern, spec.levels.bits, spec.group_size, self._why)
 
 
 def _kl(evaluation: Evaluation) -> float:

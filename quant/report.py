@@ -43,6 +43,8 @@ class LayerReport:
     scale: None where none was searched.
     reason: why its bits or groups differ from the others'; '' when they do not.
     rounding: ``nearest`` or ``feedback``; too little text for a wide layer leaves it at nearest.
+    num_tokens: of the calibration text, those that its codes were chosen by; 0 for RTN.
+    num_borrowed: how many of them do not go to this expert, which saw too few of its own.
     """
 
     name: str
@@ -56,6 +58,8 @@ class LayerReport:
     clipped_share: float
     scale: ScaleReport | None
     rounding: str
+    num_tokens: int = 0
+    num_borrowed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +161,11 @@ class QuantizationReport:
     versions: dict[str, str]
     retries: tuple[str, ...] = ()
     kl: float | None = None
+
+    @property
+    def num_short_of_text(self) -> int:
+        """Layers of experts that too few tokens go to."""
+        return sum(layer.num_borrowed > 0 for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, in a fixed order."""

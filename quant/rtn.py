@@ -39,7 +39,7 @@ def quantize_block(
                     in_features=weight.shape[1],
                     out_features=weight.shape[0],
                     bits=spec.levels.bits,
-                    group_size=spec.group_size,
+                    group_size=spec.width(weight.shape[1]),
                     reason=spec.reason,
                     rounded_error=error,
                     error=error,
@@ -59,7 +59,7 @@ def _round(
     energy = error = 0.0
     for piece in pieces_of([weight], whole=spec.levels.nested):
         rows = piece.read()
-        groups = rows.unflatten(1, (-1, spec.group_size))
+        groups = rows.unflatten(1, (-1, spec.width(rows.shape[1])))
         grid = choose_grid(groups, spec.levels).settled()
         rounded = Rounded(nearest_levels(groups, grid), grid)
         codes.append(rounded.pack())

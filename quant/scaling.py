@@ -12,6 +12,7 @@ with both exponents searched: rms(x) is on the diagonal of the Gram matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,9 @@ few, and no scaling, are then judged on all rows. On the demo model's layers thi
 the error of judging every candidate on all rows, in an eighth of the time."""
 
 MAX_LOG_SCALE = math.log(1024)
+
+Point = tuple[float, float]
+"""The exponents of the inputs and of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +73,52 @@ class ScaleChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledStage:
-    """What a scale of one stage is judged by.
+class ScaledPart:
+    """Linear layers that read the same rows, among those that a scale is for.
 
-    weight: ``[N, K]``, the linear layers of the stage one after the other. gram: Gram matrix
-    ``[K, K]`` of their inputs. sharing: the inputs that must have one scale; None: all are free.
+    weights: ``[N, K]`` of each. gram: gives the Gram matrix ``[K, K]`` of their inputs, which is
+    held while it is used. share: of the tokens, how many come here.
     """
 
-    weight: torch.Tensor
-    gram: torch.Tensor
+    weights: Sequence[torch.Tensor]
+    gram: Callable[[], torch.Tensor]
     group_size: int
     levels: LevelSet
-    sharing: HeadSharing | None
+    share: float = 1.0
 
-    def error(self, scale: torch.Tensor, rows: slice = slice(None)) -> float:
-        """Output error of rounding ``weight * scale`` to nearest, inputs divided by ``scale``.
-
-        rows: of the weight, all of them by default.
-        """
+    def error(self, scale: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor) -> float:
+        """Output error of rounding ``weight * scale`` to nearest, inputs divided by ``scale``."""
         total = 0.0
-        for some in self.weight[rows].split(ROWS_AT_ONCE):
+        for some in weight.split(ROWS_AT_ONCE):
             groups = (some * scale).unflatten(1, (-1, self.group_size))
             difference = rounding_difference(groups, grid_over_all(groups, self.levels))
-            total += float(output_errors(difference.flatten(1).div_(scale), self.gram).sum())
-        return total
+            total += float(output_errors(difference.flatten(1).div_(scale), gram).sum())
+        return self.share * total
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledStage:
+    """What one scale is judged by: the sum of the output errors of its parts.
+
+    sharing: the inputs that must have one scale; None: all are free.
+    """
+
+    parts: Sequence[ScaledPart]
+    sharing: HeadSharing | None
+
+    @property
+    def num_rows(self) -> int:
+        """Outputs of all layers."""
+        return sum(len(weight) for part in self.parts for weight in part.weights)
+
+    def errors(self, scales: Sequence[torch.Tensor], stride: int = 1) -> list[float]:
+        """The output error with each of some scales, by every so many of the outputs."""
+        totals = [0.0] * len(scales)
+        for part in self.parts:
+            gram, weight = part.gram(), torch.cat(list(part.weights))[::stride]
+            for i, scale in enumerate(scales):
+                totals[i] += part.error(scale, weight, gram)
+        return totals
 
 
 class ScaleSearch:
@@ -100,24 +126,27 @@ class ScaleSearch:
 
     def __init__(self, stage: ScaledStage) -> None:
         self._stage = stage
-        weight, gram = stage.weight, stage.gram
+        energy, weight = torch.zeros(()), torch.zeros(())
+        for part in stage.parts:
+            energy = energy + part.share * part.gram().diagonal()
+            weight = weight + sum(one.square().sum(0) for one in part.weights)
         # Inputs whose weights are all zero, or that never fire, must not reach the logarithm.
-        self._log_inputs = _log_rms(gram.diagonal())
-        self._log_weights = _log_rms(weight.square().mean(0))
+        self._log_inputs = _log_rms(energy)
+        self._log_weights = _log_rms(weight / stage.num_rows)
 
     def run(self) -> ScaleChoice:
         """The best candidate, or no scaling."""
-        sample = slice(None, None, -(-self._stage.weight.shape[0] // NUM_SCREENED_ROWS))
         none, *points = [(a, b) for b in WEIGHT_EXPONENTS for a in INPUT_EXPONENTS]
-        screened = sorted(
-            points, key=lambda point: self._stage.error(self.scale_at(*point), sample)
-        )
-        errors = {
-            point: self._stage.error(self.scale_at(*point))
-            for point in (none, *screened[:NUM_FINALISTS])
-        }
+        stride = -(-self._stage.num_rows // NUM_SCREENED_ROWS)
+        screened = self._errors(points, stride)
+        finalists = sorted(points, key=screened.__getitem__)[:NUM_FINALISTS]
+        errors = self._errors([none, *finalists])
         best = min(errors, key=errors.__getitem__)  # the first of equals: no scaling
         return ScaleChoice(self.scale_at(*best), *best, errors[best], errors[none])
+
+    def _errors(self, points: Sequence[Point], stride: int = 1) -> dict[Point, float]:
+        scales = [self.scale_at(*point) for point in points]
+        return dict(zip(points, self._stage.errors(scales, stride), strict=True))
 
     def scale_at(self, input_exponent: float, weight_exponent: float) -> torch.Tensor:
         """``rms(x)^a / rms(w)^b``, shared where it must be, its extremes centred around one."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qserve.quant.architecture import LayerSet
 from qserve.quant.decoder import Block, Decoder, OutputHead
 from qserve.quant.grid import grid_over_all, rounding_difference
 from qserve.quant.progress import Pace, Phase, ProgressCallback
@@ -34,7 +35,7 @@ NUM_WINDOWS, SEQ_LEN = 8, 128
 POSITIONS_AT_ONCE = 128
 
 StageKey = tuple[int, str]
-"""The index of a block and the name of a stage."""
+"""The index of a block and the name of a set of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,10 @@ def measure_sensitivity(
     for index in reversed(range(decoder.num_blocks)):
         block = decoder.block(index, windows.shape[1])
         traced = _walk_back_(block, entered.pop().float(), gradients)
-        for stage in block.stages:
-            key = index, stage.name
-            if key in candidates:
-                weight = torch.cat([block.linear(name).weight for name in stage.linears])
-                found[key] = tuple(
-                    _increase(weight, traced[stage.name], spec) for spec in candidates[key]
-                )
+        for layer_set in block.layer_sets:
+            specs = candidates.get((index, layer_set.name), ())
+            if specs:
+                found[index, layer_set.name] = _increases(block, layer_set, traced, specs)
         pace.step()
     return found
 
@@ -132,9 +130,22 @@ def _walk_back_(block: Block, hidden: torch.Tensor, gradients: torch.Tensor) -> 
     }
 
 
-def _increase(weight: torch.Tensor, traced: _Traced, spec: StageSpec) -> float:
-    """The estimate for one candidate, in nats a token."""
-    groups = weight.unflatten(1, (-1, spec.group_size))
+def _increases(
+    block: Block, layer_set: LayerSet, traced: Mapping[str, _Traced], specs: Sequence[StageSpec]
+) -> tuple[float, ...]:
+    """The estimate for each candidate, in nats a token; experts are taken as independent too."""
+    num_tokens = len(traced[block.stages[0].name].inputs)
+    totals = [0.0] * len(specs)
+    for stage in layer_set.stages:
+        weight = torch.cat([block.linear(name).weight for name in stage.linears])
+        for i, spec in enumerate(specs):
+            totals[i] += _moved(weight, traced[stage.name], spec)
+    return tuple(total / num_tokens / 2 for total in totals)
+
+
+def _moved(weight: torch.Tensor, traced: _Traced, spec: StageSpec) -> float:
+    """The sum of ``(g^T d)^2`` over tokens."""
+    groups = weight.unflatten(1, (-1, spec.width(weight.shape[1])))
     difference = rounding_difference(groups, grid_over_all(groups, spec.levels)).flatten(1)
     moved = (traced.inputs @ difference.T).mul_(traced.gradients).sum(1, dtype=torch.float64)
-    return float(moved.square().mean()) / 2
+    return float(moved.square().sum())

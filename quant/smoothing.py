@@ -12,6 +12,9 @@ with both exponents searched on what the rounded layer computes from a sample of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from qserve.kernels.activations import Activations, round_activations
@@ -22,34 +25,44 @@ INPUT_EXPONENTS = tuple(i / 10 for i in range(11))
 WEIGHT_EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 PUBLISHED_EXPONENTS = (0.5, 0.5)
 
-NUM_ROWS = 256
-"""Evenly spread outputs that judge a candidate."""
+NUM_ROWS, LEAST_ROWS = 256, 16
+"""Evenly spread outputs that judge a candidate, in all and of each part."""
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothPart:
+    """Linear layers that read the same rows, among those that a scale is for.
+
+    weight: ``[N, K]``, the layers one after the other. inputs: a sample of what they receive,
+    ``[T, K]``.
+    """
+
+    weight: torch.Tensor
+    inputs: torch.Tensor
+
+    def thinned(self, num_rows: int) -> SmoothPart:
+        """With evenly spread outputs, so many at most."""
+        return SmoothPart(self.weight[:: -(-len(self.weight) // num_rows)], self.inputs)
 
 
 class SmoothSearch:
-    """Finds the scale of one stage.
-
-    weight: ``[N, K]``, the linear layers of the stage one after the other. inputs: a sample of what
-    they receive, ``[T, K]``.
-    """
+    """Finds the scale of one stage, of one part or more."""
 
     def __init__(
         self,
-        weight: torch.Tensor,
-        inputs: torch.Tensor,
+        parts: Sequence[SmoothPart],
         group_size: int,
         levels: LevelSet,
         sharing: HeadSharing | None,
     ) -> None:
-        self._weight = weight[:: -(-len(weight) // NUM_ROWS)].contiguous()
-        self._inputs = inputs
+        num_rows = max(NUM_ROWS // len(parts), LEAST_ROWS)
+        self._parts = [part.thinned(num_rows) for part in parts]
+        self._expected = [part.inputs @ part.weight.T for part in self._parts]
         self._group_size = group_size
         self._levels = levels
         self._sharing = sharing
-        self._expected = inputs @ self._weight.T
-        floor = torch.finfo(torch.float32).tiny
-        self._log_inputs = inputs.abs().amax(0).clamp(min=floor).log()
-        self._log_weights = weight.abs().amax(0).clamp(min=floor).log()
+        self._log_inputs = _log_largest([part.inputs for part in parts])
+        self._log_weights = _log_largest([part.weight for part in parts])
 
     def run(self) -> ScaleChoice:
         """The best candidate, or no scaling."""
@@ -70,9 +83,18 @@ class SmoothSearch:
         return scale_from_logs(logs, self._sharing)
 
     def _error(self, scale: torch.Tensor) -> float:
-        rows = self._weight * scale
-        groups = rows.unflatten(1, (-1, self._group_size))
-        grid = grid_over_all(groups, self._levels).settled()
-        rounded = rows + rounding_difference(groups, grid).flatten(1)
-        found = round_activations(self._inputs / scale, Activations.INT8_TOKEN) @ rounded.T
-        return float((found - self._expected).square().sum())
+        total = 0.0
+        for part, expected in zip(self._parts, self._expected, strict=True):
+            rows = part.weight * scale
+            groups = rows.unflatten(1, (-1, self._group_size))
+            grid = grid_over_all(groups, self._levels).settled()
+            rounded = rows + rounding_difference(groups, grid).flatten(1)
+            found = round_activations(part.inputs / scale, Activations.INT8_TOKEN) @ rounded.T
+            total += float((found - expected).square().sum())
+        return total
+
+
+def _log_largest(matrices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The logarithm of the largest magnitude in each column."""
+    largest = torch.stack([matrix.abs().amax(0) for matrix in matrices]).amax(0)
+    return largest.clamp(min=torch.finfo(torch.float32).tiny).log()

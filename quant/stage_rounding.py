@@ -14,6 +14,7 @@ from qserve.quant.grid import Rounded, grid_over_all, rounding_difference
 from qserve.quant.objective import output_errors
 from qserve.quant.report import LayerReport, ScaleReport, relative_error
 from qserve.quant.scaling import ScaleChoice
+from qserve.quant.seen import TokenCount
 from qserve.quant.stacked_rows import pieces_of
 from qserve.quant.steps import Steps
 from qserve.quant.target import StageSpec
@@ -31,19 +32,21 @@ class StageResult:
 class StageRounding:
     """How the weights of a stage become codes.
 
-    gram: of what its layers receive, ``[K, K]``. choice: the scale that is in the weights.
+    gram: of what its layers receive, ``[K, K]``. choice: the scale that is in the weights. count:
+    of the tokens that the Gram matrix is of.
     """
 
     spec: StageSpec
     gram: torch.Tensor
     steps: Steps
     choice: ScaleChoice | None
+    count: TokenCount
 
     def run_(self, block: Block, stage: Stage) -> StageResult:
         """Choose the codes, and replace the weights by what they stand for."""
         weights = [block.linear(name).weight for name in stage.linears]
         nested = self.spec.levels.nested  # such scales are quantized a whole layer at a time
-        coder = Coder(self.gram, self.spec.group_size, self.spec.levels, self.steps)
+        coder = Coder(self.gram, self.spec.width(len(self.gram)), self.spec.levels, self.steps)
         codes: list[list[QuantizedWeight]] = [[] for _ in weights]
         costs: list[list[torch.Tensor]] = [[] for _ in weights]
         for piece in pieces_of(weights, whole=nested):
@@ -80,7 +83,7 @@ class StageRounding:
     def _unscaled_difference(self, weight: torch.Tensor) -> torch.Tensor:
         """What rounding to nearest without a scale would do, in the scaled coordinates."""
         scale = torch.ones(weight.shape[1]) if self.choice is None else self.choice.scale
-        groups = (weight / scale).unflatten(1, (-1, self.spec.group_size))
+        groups = (weight / scale).unflatten(1, (-1, self.spec.width(len(scale))))
         grid = grid_over_all(groups, self.spec.levels).settled()
         return rounding_difference(groups, grid).flatten(1).mul_(scale)
 
@@ -92,13 +95,15 @@ class StageRounding:
             in_features=layer.in_features,
             out_features=layer.out_features,
             bits=self.spec.levels.bits,
-            group_size=self.spec.group_size,
+            group_size=self.spec.width(layer.in_features),
             reason=self.spec.reason,
             rounded_error=relative_error(baseline, energy),
             error=relative_error(error, energy),
             clipped_share=num_clipped / layer.weight.numel(),
             scale=None if self.choice is None else _scale_report(self.choice),
             rounding=self.steps.rounding.value,
+            num_tokens=self.count.num_tokens,
+            num_borrowed=self.count.num_borrowed,
         )
 
 

@@ -48,9 +48,10 @@ class PackedSizes:
 
     def _sample(self, spec: StageSpec, in_features: int, rows: int) -> dict[str, int]:
         """Bytes of the tensors of a weight with so many rows."""
-        key = spec.levels, spec.group_size, in_features, rows
+        width = spec.width(in_features)
+        key = spec.levels, width, in_features, rows
         if key not in self._sampled:
-            groups = torch.ones(rows, in_features // spec.group_size, spec.group_size)
+            groups = torch.ones(rows, in_features // width, width)
             grid = grid_over_all(groups, spec.levels).settled()
             weight = Rounded(nearest_levels(groups, grid), grid).pack()
             packed = self._writer.encode(weight)

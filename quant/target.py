@@ -20,13 +20,17 @@ from qserve.quant.overrides import CODE_BITS
 class StageSpec:
     """How the layers of a stage are coded.
 
-    group_size: inputs that share a scale; as many as there are for one scale a row. reason: why
-    they differ from others; '' when they do not.
+    group_size: inputs that share a scale; -1 for one scale a row. reason: why they differ from
+    others; '' when they do not.
     """
 
     levels: LevelSet
     group_size: int
     reason: str = ""
+
+    def width(self, in_features: int) -> int:
+        """How many inputs share a scale in a layer that has so many."""
+        return in_features if self.group_size == WHOLE_ROW else self.group_size
 
     def scheme(self, layer: nn.Linear) -> LayerScheme:
         """How a layer is coded by it."""
@@ -35,7 +39,7 @@ class StageSpec:
             layer.in_features,
             self.levels.coding,
             self.levels.bits,
-            self.group_size,
+            self.width(layer.in_features),
             symmetric=self.levels.is_symmetric,
             nested=self.levels.nested,
             outer_scales=self.levels.progressive,
@@ -57,21 +61,20 @@ class Target:
         self.widths = (self.levels.bits,) if has_one_width else CODE_BITS
         self.writer = make_writer(profile.output, "", activations=profile.activations)
 
-    def spec(self, layer: nn.Linear, bits: int, group_size: int) -> StageSpec:
-        """Codes of another width, for a layer and those that read the same input.
+    def spec(self, bits: int, group_size: int) -> StageSpec:
+        """Codes of another width. group_size: -1 for one scale a row.
 
-        group_size: -1 for one scale a row. Raises ``OptionError`` when the method has one width.
+        Raises ``OptionError`` when the method has one width.
         """
         if bits not in self.widths:
             raise OptionError(
                 f"{bits} bits: this method has codes of {self.levels.bits} bits alone"
             )
-        width = layer.in_features if group_size == WHOLE_ROW else group_size
-        return StageSpec(replace(self.levels, bits=bits), width)
+        return StageSpec(replace(self.levels, bits=bits), group_size)
 
     def refusal(self, layer: nn.Linear, spec: StageSpec) -> str | None:
         """Why the format cannot hold a layer; None when it can."""
-        if layer.in_features % spec.group_size:
+        if not divides(spec.group_size, layer.in_features):
             return f"{layer.in_features} inputs, the format needs a multiple of {spec.group_size}"
         return self.refuse_scheme(spec.scheme(layer))
 
@@ -85,7 +88,7 @@ class Target:
         if not fitting:
             smallest = min(self.group_sizes)
             return f"{layer.in_features} inputs, the format needs a multiple of {smallest}"
-        spec = self.spec(layer, self.levels.bits, fitting[-1])
+        spec = self.spec(self.levels.bits, fitting[-1])
         return self.refuse_scheme(spec.scheme(layer))
 
     def refuse_mixture(

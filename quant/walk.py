@@ -4,17 +4,19 @@ The float model may be walked beside the quantized one. Memory is one buffer as 
 of the output layer of attention or of the MLP, whichever is wider, for both models: it holds what
 the float model gives that layer, and as each window of the quantized model is made, that takes the
 place of the float one, which has been used by then. Everything else is made again for each window.
+Experts need more, see ``expert_walk.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from qserve.quant.architecture import Stage
 from qserve.quant.decoder import Block
+from qserve.quant.expert_walk import ExpertWalk
+from qserve.quant.seen import Seen
 
 
 class ScratchMemory:
@@ -32,27 +34,12 @@ class ScratchMemory:
         return self._memory[:size].view(shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One window at a stage.
-
-    index: of the window. received: ``[T, K]``, what the layers of the stage read. exact: what they
-    read in the float model; None without one. hidden: for a stage whose output is added to the
-    hidden states as it is, these before that, ``[T, N]``, of the quantized and of the float model;
-    else None.
-    """
-
-    index: int
-    received: torch.Tensor
-    exact: torch.Tensor | None = None
-    hidden: tuple[torch.Tensor, torch.Tensor] | None = None
-
-
 def walk_(
     block: Block,
     hidden: torch.Tensor,
     scratch: ScratchMemory,
     exact: torch.Tensor | None = None,
+    least_per_input: int = 0,
 ) -> Iterator[tuple[Stage, Iterator[Seen]]]:
     """Each stage with its windows, in order of execution.
 
@@ -61,9 +48,11 @@ def walk_(
     when it has seen all of its windows, and the quantized model goes on with the new ones; the
     float model runs on the weights that it finds when the windows are seen, without rounded
     activations. What was shown is overwritten when the next window is asked for.
+    least_per_input: tokens for each input of its layers that an expert is shown, see ``Seen``.
     """
-    into_attention, into_output, into_mlp, into_down = block.stages
-    for first, output in ((into_attention, into_output), (into_mlp, into_down)):
+    has_experts = block.mixture is not None
+    stages = block.stages[: 2 if has_experts else None]
+    for first, output in zip(stages[::2], stages[1::2], strict=True):
         kept = scratch.take(*hidden.shape[:2], block.linear(output.linears[0]).in_features)
         for stage, windows in (
             (first, _see_normed(block, first, output, hidden, exact, kept)),
@@ -74,6 +63,9 @@ def walk_(
                 pass  # what the caller did not look at is computed all the same
         for window, inputs in zip(hidden, kept, strict=True):
             block.add_(output, window, inputs)
+    if has_experts:
+        memory = scratch.take(ExpertWalk.numbers_needed(block, hidden, exact))
+        yield from ExpertWalk(block, hidden, exact, memory).stages_(least_per_input)
 
 
 def _see_normed(

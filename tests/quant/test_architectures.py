@@ -16,9 +16,12 @@ from transformers import (
     GemmaForCausalLM,
     MistralForCausalLM,
     MixtralForCausalLM,
+    OlmoeForCausalLM,
     Phi3ForCausalLM,
     Qwen2ForCausalLM,
+    Qwen2MoeForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
     SmolLM3ForCausalLM,
 )
 
@@ -37,6 +40,12 @@ MakeLlama = Callable[..., Path]
 LENGTH = 40
 WINDOW = 12
 
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_class": MistralForCausalLM, "sliding_window": None},
     "mistral with windows": {"model_class": MistralForCausalLM, "sliding_window": WINDOW},
@@ -46,6 +55,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": WINDOW,
         "max_window_layers": 1,
+    },
+    "mixtral": {"model_class": MixtralForCausalLM, "num_local_experts": 4},
+    "qwen2 with experts": {
+        "model_class": Qwen2MoeForCausalLM,
+        "shared_expert_intermediate_size": 96,
+        "mlp_only_layers": [0],
+        **EXPERTS,
+    },
+    "qwen3 with experts": {
+        "model_class": Qwen3MoeForCausalLM,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        **EXPERTS,
     },
     "qwen3": {"model_class": Qwen3ForCausalLM, "head_dim": 32, "tie_word_embeddings": True},
     "smollm3": {"model_class": SmolLM3ForCausalLM, "no_rope_layers": [1, 0]},
@@ -171,7 +193,7 @@ def test_models_say_which_type_they_run_in(make_tiny_llama: MakeLlama, tmp_path:
     assert stated == {"gemma": "float16", "gemma2": "bfloat16"}
 
 
-def test_a_mixture_of_experts_is_refused_as_one(make_tiny_llama: MakeLlama) -> None:
-    folder = make_tiny_llama(model_class=MixtralForCausalLM, num_local_experts=2)
-    with pytest.raises(UnsupportedModelError, match="a mixture of experts"):
+def test_another_mixture_of_experts_is_refused_as_one(make_tiny_llama: MakeLlama) -> None:
+    folder = make_tiny_llama(model_class=OlmoeForCausalLM, num_experts=2)
+    with pytest.raises(UnsupportedModelError, match="a mixture of experts of another kind"):
         Decoder(Checkpoint(folder))

@@ -83,9 +83,9 @@ def test_sizes_are_known_before_anything_is_packed(
     decoder = Decoder(source)
     plan, sizes = make_plan(decoder, options), PackedSizes(Target(options).writer)
     expected = sum(
-        sizes.num_bytes(decoder.skeleton.linear(name), plan.specs[index, stage.name])
+        sizes.num_bytes(decoder.skeleton(index).linear(name), plan.specs[index, stage.name])
         for index in range(2)
-        for stage in decoder.skeleton.stages
+        for stage in decoder.skeleton(index).stages
         for name in stage.linears
     )
     found = round(report.sizes.bits_per_weight * NUM_WEIGHTS / 8)

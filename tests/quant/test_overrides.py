@@ -80,7 +80,7 @@ def test_the_later_of_two_settings_counts_and_an_ignore_above_all(tiny_llama: Pa
 def test_the_common_group_size_is_that_of_the_layers_without_their_own(tiny_llama: Path) -> None:
     narrow = "q_proj|o_proj|gate_proj=group:32"
     assert settings(plan_for(tiny_llama, narrow)) == [(4, 32), (4, 32), (4, 32), (4, 128)]
-    assert settings(plan_for(tiny_llama, "down=group:-1"))[3] == (4, 128)
+    assert settings(plan_for(tiny_llama, "down=group:-1"))[3] == (4, -1)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

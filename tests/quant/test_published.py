@@ -9,7 +9,7 @@ from qserve.quant.grid import LevelSet, Zero, grid_over_all, nearest_levels, rou
 from qserve.quant.objective import GramMatrix, output_errors
 from qserve.quant.published import PublishedScaleSearch, round_columns, shrink_grid
 from qserve.quant.rounding import damped, factor_damped
-from qserve.quant.scaling import HeadSharing, ScaledStage
+from qserve.quant.scaling import HeadSharing, ScaledPart, ScaledStage
 
 GROUP_SIZE = 16
 DAMPING = 0.01
@@ -67,7 +67,7 @@ def test_rows_that_are_one_group_have_the_range_of_the_weights() -> None:
 def test_the_scale_is_the_best_power_of_the_mean_magnitude() -> None:
     weight, inputs, gram = problem()
     choice = PublishedScaleSearch(
-        ScaledStage(weight, gram, GROUP_SIZE, LevelSet(), None), inputs
+        ScaledStage([ScaledPart([weight], lambda: gram, GROUP_SIZE, LevelSet())], None), inputs
     ).run()
     magnitude = inputs.abs().mean((0, 1))
     expected = inputs.flatten(0, 1) @ weight.T
@@ -92,7 +92,7 @@ def test_shared_inputs_get_shared_scales() -> None:
     weight, inputs, gram = problem()
     sharing = HeadSharing(head_dim=8, repeats=1)
     choice = PublishedScaleSearch(
-        ScaledStage(weight, gram, GROUP_SIZE, LevelSet(), sharing), inputs
+        ScaledStage([ScaledPart([weight], lambda: gram, GROUP_SIZE, LevelSet())], sharing), inputs
     ).run()
     assert torch.equal(sharing.share(choice.scale), choice.scale)
 

@@ -7,7 +7,7 @@ import torch
 
 from qserve.quant.grid import LevelSet, grid_over_all, rounding_difference
 from qserve.quant.objective import GramMatrix
-from qserve.quant.scaling import HeadSharing, ScaledStage, ScaleSearch
+from qserve.quant.scaling import HeadSharing, ScaledPart, ScaledStage, ScaleSearch
 
 GROUP_SIZE = 32
 
@@ -27,7 +27,11 @@ def gram_of(inputs: torch.Tensor) -> torch.Tensor:
 def search(
     inputs: torch.Tensor, weight: torch.Tensor, sharing: HeadSharing | None = None
 ) -> ScaleSearch:
-    return ScaleSearch(ScaledStage(weight, gram_of(inputs), GROUP_SIZE, LevelSet(), sharing))
+    return ScaleSearch(
+        ScaledStage(
+            [ScaledPart([weight], lambda: gram_of(inputs), GROUP_SIZE, LevelSet())], sharing
+        )
+    )
 
 
 def output_error(inputs: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> float:

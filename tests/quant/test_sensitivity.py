@@ -32,7 +32,7 @@ def log_probs(decoder: Decoder, rounded: tuple[int, str] | None, spec: StageSpec
 
 
 def test_estimates_are_near_the_divergence_that_is_measured(decoder: Decoder) -> None:
-    keys = [(i, stage.name) for i in range(2) for stage in decoder.skeleton.stages]
+    keys = [(i, stage.name) for i in range(2) for stage in decoder.skeleton(i).stages]
     steps: list[int] = []
     found = measure_sensitivity(
         decoder, WINDOWS, {key: SPECS for key in keys}, lambda step: steps.append(step.done)
