@@ -15,6 +15,7 @@ from typing import Any
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.awq import AwqFormat, Layout
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.fused_sets import expert_modules
 from qserve.quant.formats.layer_format import HEAD, PackedLayer
 
 VERSIONS = {"vllm": "0.33.0", "transformers": "5.23.0", "sglang": "by the rules of vLLM 0.33.0"}
@@ -93,9 +94,32 @@ class Facts:
         return any(w.get("actorder") in (True, "group", "dynamic") for w in self._compressed_groups)
 
     @property
+    def packs_experts(self) -> bool:
+        """Whether experts of a mixture are packed."""
+        return bool(expert_modules(self.layers))
+
+    @property
+    def multiplies_int8(self) -> bool:
+        """Whether a group of compressed-tensors has int8 activations."""
+        inputs = [group.get("input_activations") or {} for group in self._all_groups]
+        return any(one.get("type") == "int" for one in inputs)
+
+    @property
+    def has_float8_weights_alone(self) -> bool:
+        """Whether a group of compressed-tensors has float weights and leaves activations alone."""
+        return any(
+            (group.get("weights") or {}).get("type") == "float"
+            and not group.get("input_activations")
+            for group in self._all_groups
+        )
+
+    @property
     def _compressed_groups(self) -> list[Mapping[str, Any]]:
-        groups = self.block.get("config_groups") or {}
-        return [group.get("weights") or {} for group in groups.values()]
+        return [group.get("weights") or {} for group in self._all_groups]
+
+    @property
+    def _all_groups(self) -> list[Mapping[str, Any]]:
+        return list((self.block.get("config_groups") or {}).values())
 
 
 VLLM = ("vllm", "sglang")
@@ -185,6 +209,21 @@ RULES = (
         "bitsandbytes 0.46.1 or later must be installed",
         lambda f: f.method == "bitsandbytes",
         refuses=False,
+    ),
+    Rule(
+        ("transformers",),
+        "experts packed by bitsandbytes are not read: a block's experts are one tensor there",
+        lambda f: f.method == "bitsandbytes" and f.packs_experts,
+    ),
+    Rule(
+        ("transformers",),
+        "experts in int8 with int8 activations are not read",
+        lambda f: f.packs_experts and f.multiplies_int8,
+    ),
+    Rule(
+        VLLM,
+        "experts in float8 want float8 activations (`--fp8`)",
+        lambda f: f.packs_experts and f.has_float8_weights_alone,
     ),
     Rule(
         ("transformers", *VLLM),

@@ -23,6 +23,7 @@ from qserve.kernels.grouped_weight import GroupedWeight
 from qserve.kernels.packing import pack_awq, unpack_awq
 from qserve.quant.errors import UnsupportedModelError
 from qserve.quant.formats import awq_gemv
+from qserve.quant.formats.fused_sets import expert_modules
 from qserve.quant.formats.layer_format import (
     FLOATS,
     PackedLayer,
@@ -171,13 +172,15 @@ def config_block(group_size: int, ignored: Sequence[str]) -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json``, with AutoAWQ's keys.
 
     ignored: full names of the linear modules left in 16 bits. Readers match them in different
-        ways (substring, anchored pattern, ending); full names fit all of them.
+        ways (substring, anchored pattern, ending); full names fit all of them. vLLM asks for the
+        module that holds the experts of a block, which is named beside them.
     """
+    left = [*ignored, *expert_modules(ignored)]
     return {
         "quant_method": "awq",
         "bits": BITS,
         "group_size": group_size,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": list(ignored) or None,
+        "modules_to_not_convert": left or None,
     }

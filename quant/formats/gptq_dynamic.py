@@ -2,8 +2,8 @@
 
 A key is ``-:`` and a pattern for layers in 16 bits, or ``+:`` and a pattern for layers with other
 settings than the block states. A pattern is matched from the start of a full name, and the first
-that matches counts. vLLM matches the names of its fused layers (``qkv_proj``) too, so a rule for a
-layer names the one that it is fused into beside it.
+that matches counts. vLLM matches the names of its fused layers (``qkv_proj``, ``experts``) too, so
+a rule for a layer names the one that it is fused into beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qserve.quant.errors import UnsupportedModelError
-from qserve.quant.formats.fused_sets import FUSED_SETS, fused_name
+from qserve.quant.formats.fused_sets import FUSED_SETS, expert_modules, fused_name
 from qserve.quant.formats.layer_format import read_bits, read_group_size
 
 READ_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -79,7 +79,7 @@ def write_rules(
 def _patterns(names: Sequence[str]) -> list[str]:
     """Patterns for exactly these layers: one for all that differ in the number of their block."""
     sets: dict[tuple[str, str], list[str]] = {}
-    for name in names:
+    for name in (*names, *expert_modules(names)):
         parent, dot, last = name.rpartition(".")
         sets.setdefault((parent + dot, fused_name(last) or last), []).append(last)
     numbers: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}

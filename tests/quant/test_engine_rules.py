@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from qserve.kernels.grouped_weight import GroupedWeight
-from qserve.quant.engine_rules import RULES, VERSIONS, judge_for
+from qserve.quant.engine_rules import RULES, VERSIONS, Facts, judge, judge_for
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.layer_format import PackedLayer
 from qserve.quant.formats.registry import OutputFormat, make_writer
 from qserve.quant.formats.writer import scheme_of
 
@@ -118,3 +119,32 @@ def test_every_rule_is_about_an_engine_that_has_a_version() -> None:
 def test_an_engine_without_rules_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no rules for 'ollama': choose of vllm"):
         judge_for(write(tmp_path, AWQ), ["ollama"])
+
+
+EXPERT = PackedLayer(64, 64, 8, 64)
+INT8_INPUTS = {"type": "int", "num_bits": 8, "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "group", "refusing"),
+    [
+        ("bitsandbytes", {}, {"transformers"}),
+        ("compressed-tensors", {"weights": {"type": "int"}}, set()),
+        (
+            "compressed-tensors",
+            {"weights": {"type": "int"}, "input_activations": INT8_INPUTS},
+            {"transformers"},
+        ),
+        ("compressed-tensors", {"weights": {"type": "float"}}, {"vllm", "sglang"}),
+        (
+            "compressed-tensors",
+            {"weights": {"type": "float"}, "input_activations": {"type": "float"}},
+            set(),
+        ),
+    ],
+)
+def test_experts_are_read_by_fewer(method: str, group: dict[str, Any], refusing: set[str]) -> None:
+    block = {"quant_method": method, "config_groups": {"group_0": group}}
+    for name, expected in (("mlp.experts.0.up_proj", refusing), ("mlp.up_proj", set())):
+        verdicts = judge(Facts(method, block, {name: EXPERT}, is_gemm=False), VERSIONS)
+        assert {one.engine for one in verdicts if one.refusals} == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from qserve.quant.estimate import estimate
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.mixture import Mixer
-from qserve.quant.options import Method, QuantizeOptions
+from qserve.quant.options import Effort, Method, QuantizeOptions
 from qserve.quant.overrides import parse_override
 from qserve.quant.pipeline import quantize
-from qserve.quant.plan import Plan, make_plan
+from qserve.quant.plan import Plan, block_name, make_plan
 from qserve.quant.progress import Progress, ignore_progress
+from qserve.quant.target import Target
 from qserve.quant.walk import ScratchMemory, walk_
 
 MakeLlama = Callable[..., Path]
@@ -226,3 +228,30 @@ def test_a_plan_counts_every_expert(qwen2: Path, tiny_options: QuantizeOptions) 
     assert found.num_quantized_layers == 7 + 4 + 3 * (NUM_EXPERTS + 1)
     assert len(found.skipped) == 2
     assert found.refused_group_sizes[64] == ("mlp.shared_expert.down_proj",)
+
+
+@pytest.mark.parametrize("output", [OutputFormat.AWQ, OutputFormat.GPTQ])
+def test_experts_left_alone_are_named_as_engines_ask_for_them(
+    output: OutputFormat, mixtral: Path, tmp_path: Path
+) -> None:
+    method = Method.RTN if output is OutputFormat.AWQ else Method.GPTQ
+    options = QuantizeOptions(method=method, effort=Effort.PLAIN, ignore=(r"layers\.1\.block",))
+    decoder = Decoder(Checkpoint(mixtral))
+    plan = make_plan(decoder, options)
+    schemes = {
+        block_name(0, layer_set.name): plan.specs[0, layer_set.name].scheme(
+            decoder.skeleton(0).linear(layer_set.linears[0])
+        )
+        for layer_set in decoder.skeleton(0).layer_sets
+        if not layer_set.is_router
+    }
+    block = Target(options).writer.config_block(schemes, [layer.name for layer in plan.skipped])
+    experts = "model.layers.1.block_sparse_moe.experts"
+    if output is OutputFormat.AWQ:
+        assert experts in block["modules_to_not_convert"]
+        return
+    left = [re.compile(rule.removeprefix("-:")) for rule in block["dynamic"]]
+    for name in (experts, f"{experts}.3.w2", "model.layers.0.block_sparse_moe.gate"):
+        assert any(rule.match(name) for rule in left), name
+    for name in ("model.layers.0.block_sparse_moe.experts", "model.layers.1.self_attn.qkv_proj"):
+        assert not any(rule.match(name) for rule in left), name
