@@ -25,7 +25,7 @@ from qserve.quant.formats.compressed_schemes import Kind
 from qserve.quant.options import KvCache
 from qserve.quant.pipeline import CACHE_STRIDE
 from qserve.quant.progress import ignore_progress
-from qserve.quant.windows import read_text, spread_windows, tokenize
+from qserve.quant.windows import read_text, spread_windows, tokenize, windows_of_text
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "kv_quality.csv"
 CALIBRATION_WINDOWS = 32
@@ -113,7 +113,7 @@ def ways(checkpoint: Checkpoint, windows: torch.Tensor) -> list[tuple[str, Round
     )
     found = []
     for cache, kind, activations in kinds:
-        scales = find_scales(Decoder(checkpoint), windows, kind, ignore_progress)
+        scales = find_scales(Decoder(checkpoint), windows_of_text(windows), kind, ignore_progress)
         found.append((f"{cache.value}, stored scales", by_stored(scales, kind)))
         found.append((f"{cache.value}, a scale a token", by_token(activations)))
     return found

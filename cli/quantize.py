@@ -167,7 +167,7 @@ def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
         ("layers left in 16 bits", len(report.skipped)),
         *_describe_experts(report),
         *([] if report.tuning is None else [("tuning", str(report.tuning))]),
-        ("calibration", _describe_text(report)),
+        ("calibration", str(report.calibration or "no text was read")),
         ("time", format_seconds(report.seconds)),
         ("peak memory", format_bytes(report.peak_memory_bytes)),
         ("report", summary["report"]),
@@ -181,18 +181,6 @@ def _describe_experts(report: QuantizationReport) -> list[tuple[str, str]]:
         return []
     few = f"{report.num_short_of_text}: other tokens that came near told the rest; more text helps"
     return [("layers of experts short of text", few)]
-
-
-def _describe_text(report: QuantizationReport) -> str:
-    """What was read, and how much of the text and of the vocabulary that is."""
-    found = report.calibration
-    if found is None:
-        return "no text was read"
-    tokens = found.num_windows * found.seq_len
-    return (
-        f"{found.source}: {found.num_windows} windows, {tokens:,} of {found.num_text_tokens:,} "
-        f"tokens, {found.num_documents} documents, {found.num_distinct_tokens:,} different tokens"
-    )
 
 
 def _groups(group_size: int) -> str:

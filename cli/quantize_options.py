@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
-BUILT_IN, SELF = "builtin", "self"
+BUILT_IN = "builtin"
 METHODS = (
     *("awq", "gptq", "int4", "int8", "smoothquant", "qoq", "nf4", "fp4", "fp8", "fp8-weight"),
     *("llm-int8", "hqq", "rtn"),
@@ -101,9 +101,14 @@ OPTIONS = (
         "--calibration",
         default=BUILT_IN,
         show_default=True,
-        metavar="FILE|builtin|self",
-        help="Text to look at: a UTF-8 file, the one in the package, "
-        "or what the model itself writes.",
+        metavar="FILE|hub:OWNER/NAME[:SPLIT[:COLUMN]]|builtin|self",
+        help="Text to look at: a file of text or of conversations, a data set of the hub, the text "
+        "in the package, or what the model itself writes.",
+    ),
+    click.option(
+        "--assistant-only",
+        is_flag=True,
+        help="Of conversations only what the assistant says counts; the rest is context.",
     ),
     click.option(
         "--samples",
@@ -198,17 +203,15 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
     """The options as the quantizer takes them. Raises ``OptionError``, ``click.UsageError``."""
     from qserve.quant.formats.registry import OutputFormat
     from qserve.quant.options import (
-        CalibrationSource,
         Head,
         KvCache,
         Method,
         QuantizeOptions,
         TuneOptions,
+        read_source,
     )
     from qserve.quant.overrides import parse_override
 
-    named = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
-    calibration = choices["calibration"]
     limits = choices["tune"], choices["tune_steps"]
     return QuantizeOptions(
         method=Method(_read_method(choices)),
@@ -219,7 +222,8 @@ def read_options(choices: dict[str, Any]) -> QuantizeOptions:
         damping=choices["damping"],
         activation_order=choices["act_order"],
         head=Head(choices["head"]),
-        calibration=named.get(calibration) or Path(calibration),
+        calibration=read_source(choices["calibration"], Path()),
+        assistant_only=choices["assistant_only"],
         num_samples=choices["samples"],
         seq_len=choices["seq_len"],
         overrides=tuple(map(parse_override, choices["overrides"])),

@@ -15,10 +15,15 @@ def telling_what_is_kept(output: Path, key: str, restart: bool) -> Iterator[None
 
     key: of the run, as ``publish_resumable`` has it.
     """
-    from qserve.quant.output import kept_work
+    from qserve.quant.output import has_other_work, kept_work
 
     if kept_work(output, key) is not None and not restart:
         say("going on with a run that was stopped (--restart begins anew)")
+    elif has_other_work(output, key):
+        say(
+            "beginning anew: what a stopped run has left is of other options, files or versions, "
+            "and is removed"
+        )
     try:
         yield
     except BaseException:

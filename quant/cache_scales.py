@@ -15,6 +15,7 @@ from qserve.kernels.activations import MAX_FLOAT8
 from qserve.quant.decoder import Decoder
 from qserve.quant.formats.compressed_schemes import Kind
 from qserve.quant.progress import Phase, Progress, ProgressCallback
+from qserve.quant.windows import Windows
 
 MAX_INT8 = 127
 NUM_CANDIDATES = 16
@@ -33,27 +34,32 @@ def blank_scales(num_blocks: int, num_heads: int) -> dict[str, torch.Tensor]:
 
 
 def find_scales(
-    decoder: Decoder, token_ids: torch.Tensor, kind: Kind, progress: ProgressCallback
+    decoder: Decoder, windows: Windows, kind: Kind, progress: ProgressCallback
 ) -> dict[str, torch.Tensor]:
-    """The scales of every block for windows ``[S, T]``, named and shaped as ``blank_scales``."""
-    hidden = decoder.embed(token_ids)
+    """The scales of every block, for what counts in the windows; as ``blank_scales`` has them."""
+    hidden = decoder.embed(windows.token_ids)
     started = time.perf_counter()
     total = decoder.num_blocks
     scales = {}
     for index in range(total):
-        block = decoder.block(index, token_ids.shape[1])
+        block = decoder.block(index, windows.token_ids.shape[1])
         seen = _Seen()
         block.store_into(seen)
         block.run_(hidden)
         for name, rows in ((KEYS, seen.keys), (VALUES, seen.values)):
-            scales[block.full_name(name)] = least_loss(torch.cat(rows, 1), kind)[:, None, None]
+            counted = torch.cat(
+                [some[:, here].flatten(1) for some, here in zip(rows, windows.counts, strict=True)],
+                1,
+            )
+            scales[block.full_name(name)] = least_loss(counted, kind)[:, None, None]
         left = (time.perf_counter() - started) / (index + 1) * (total - index - 1)
         progress(Progress(Phase.CACHE, index + 1, total, left))
     return scales
 
 
 class _Seen:
-    """Stands where attention looks for a cache, and keeps what it is to hold, by head."""
+    """Stands where attention looks for a cache, and keeps what it is to hold of each window, by
+    head: ``[heads, T, head_dim]``."""
 
     def __init__(self) -> None:
         self.keys: list[torch.Tensor] = []
@@ -63,8 +69,8 @@ class _Seen:
         self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See transformers' ``Cache``: takes and gives ``[S, heads, T, head_dim]``."""
-        self.keys.append(keys.transpose(0, 1).flatten(1).clone())
-        self.values.append(values.transpose(0, 1).flatten(1).clone())
+        self.keys.append(keys[0].clone())
+        self.values.append(values[0].clone())
         return keys, values
 
 

@@ -66,7 +66,8 @@ class CalibratedQuantizer:
 
     hidden: ``[num_windows, seq_len, hidden_size]``, what the first block receives; becomes what the
     quantized model has after the last one. exact: the same for the float model; None: it is not
-    followed.
+    followed. counts: bool ``[num_windows, seq_len]``, the positions that decide anything; None for
+    all of them.
     """
 
     def __init__(
@@ -75,11 +76,14 @@ class CalibratedQuantizer:
         plan: Plan,
         profile: Profile,
         exact: torch.Tensor | None = None,
+        counts: torch.Tensor | None = None,
     ) -> None:
         self._hidden = hidden
         self._exact = exact
         self._plan = plan
         self._profile = profile
+        self._counts = None if counts is None or bool(counts.all()) else counts
+        self._num_tokens = hidden[..., 0].numel() if counts is None else int(counts.sum())
         self._scratch = ScratchMemory()
         self._stride = max(1, hidden.shape[0] // NUM_TRANSFORM_WINDOWS)
 
@@ -95,7 +99,7 @@ class CalibratedQuantizer:
         weights: dict[str, QuantizedWeight] = {}
         layers: list[LayerReport] = []
         for stage, windows in walk_(
-            block, self._hidden, self._scratch, self._exact, MIN_TOKENS_PER_INPUT
+            block, self._hidden, self._scratch, self._exact, MIN_TOKENS_PER_INPUT, self._counts
         ):
             spec = self._plan.spec(block, stage)
             if spec is None:
@@ -134,13 +138,13 @@ class CalibratedQuantizer:
         left = self._hidden[:: self._stride].clone()
         entered = left.clone()
         scales = StageScales(self._plan, self._profile.steps.transform)
-        return _Transformed(scales.fold_(block, left, self._scratch), entered, left)
+        counts = None if self._counts is None else self._counts[:: self._stride]
+        return _Transformed(scales.fold_(block, left, self._scratch, counts), entered, left)
 
     def _steps_for(self, num_inputs: int) -> Steps:
         """The steps that were asked for, unless there are too few tokens for error feedback."""
         steps = self._profile.steps
-        num_tokens = self._hidden.shape[0] * self._hidden.shape[1]
-        enough = num_tokens >= MIN_TOKENS_PER_INPUT * num_inputs
+        enough = self._num_tokens >= MIN_TOKENS_PER_INPUT * num_inputs
         if enough or steps.rounding is not Rounding.FEEDBACK:
             return steps
         return replace(steps, rounding=Rounding.NEAREST)
@@ -148,6 +152,9 @@ class CalibratedQuantizer:
     def _block_error(self, transformed: _Transformed) -> float:
         difference = self._hidden[:: self._stride] - transformed.left
         added = transformed.left - transformed.entered
+        if self._counts is not None:
+            counts = self._counts[:: self._stride]
+            difference, added = difference[counts], added[counts]
         return float(difference.square().sum() / added.square().sum())
 
     def _as_multiplied(self, windows: Iterable[Seen]) -> Iterator[Seen]:

@@ -1,23 +1,21 @@
-"""The tokens that quantization looks at: a file's, the package's texts, or the model's own."""
+"""The tokens that quantization looks at: a text's, or the model's own."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from qserve.quant.calibration_text import texts
 from qserve.quant.decoder import Decoder
-from qserve.quant.documents import read_documents
 from qserve.quant.errors import CalibrationError
 from qserve.quant.options import CalibrationSource, QuantizeOptions
 from qserve.quant.report import CalibrationReport
 from qserve.quant.silence import silenced
-from qserve.quant.windows import spread_windows, tokenize
+from qserve.quant.window_text import WindowText, read_window_text
+from qserve.quant.windows import Windows, windows_of_text
 
 SEQUENCES_AT_ONCE = 16
 """Self-generated windows written in one batch."""
@@ -25,19 +23,24 @@ SEQUENCES_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Windows of tokens, ``[num_windows, seq_len]``, and where they come from."""
+    """Windows of tokens, and where they come from."""
 
-    token_ids: torch.Tensor
+    windows: Windows
     report: CalibrationReport
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
-        return {"token_ids": self.token_ids.tolist(), "report": asdict(self.report)}
+        return {
+            "token_ids": self.windows.token_ids.tolist(),
+            "counts": self.windows.counts.int().tolist(),
+            "report": asdict(self.report),
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
         """What ``to_dict`` gave."""
-        return cls(torch.tensor(values["token_ids"]), CalibrationReport(**values["report"]))
+        token_ids, counts = (torch.tensor(values[name]) for name in ("token_ids", "counts"))
+        return cls(Windows(token_ids, counts.bool()), CalibrationReport(**values["report"]))
 
 
 def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibration:
@@ -53,20 +56,29 @@ def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibratio
             "use a smaller seq_len"
         )
     if options.calibration is CalibrationSource.SELF:
-        return _generate(decoder, options)
-    if isinstance(options.calibration, Path):
-        name = options.calibration.name
-        documents = read_documents(options.calibration, decoder.checkpoint.folder)
+        text = _generate(decoder, options)
     else:
-        name, documents = options.calibration.value, list(texts())
-    text = "\n\n".join(documents)
-    ids = tokenize(decoder.checkpoint.folder, text)
-    windows = spread_windows(ids, options.num_samples, options.seq_len)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return _calibration(windows, options, name, digest, len(ids), len(documents))
+        text = read_window_text(decoder.checkpoint.folder, options)
+    windows = text.taken
+    report = CalibrationReport(
+        source=options.calibration_name,
+        sha256=text.sha256,
+        tokens_sha256=_hash_tokens(windows.token_ids),
+        num_text_tokens=text.num_tokens,
+        num_taken_tokens=text.num_taken_tokens,
+        num_counted_tokens=int(windows.counts.sum()),
+        num_windows=len(windows),
+        num_windows_asked=options.num_samples,
+        seq_len=options.seq_len,
+        num_documents=text.num_documents,
+        num_conversations=text.num_conversations,
+        num_cut=text.num_cut,
+        num_distinct_tokens=len(windows.token_ids[windows.counts].unique()),
+    )
+    return Calibration(windows, report)
 
 
-def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
+def _generate(decoder: Decoder, options: QuantizeOptions) -> WindowText:
     """Text that the model writes itself, each window from a random first token, at temperature 1.
 
     The whole model is in memory for this, in the type of the checkpoint.
@@ -93,33 +105,16 @@ def _generate(decoder: Decoder, options: QuantizeOptions) -> Calibration:
             for start in first.split(SEQUENCES_AT_ONCE)
         ]
     token_ids = torch.cat(batches)
-    name = CalibrationSource.SELF.value
-    return _calibration(
-        token_ids, options, name, _hash_tokens(token_ids), token_ids.numel(), len(token_ids)
+    return WindowText(
+        taken=windows_of_text(token_ids),
+        left=windows_of_text(token_ids[:0]),
+        sha256=_hash_tokens(token_ids),
+        num_tokens=token_ids.numel(),
+        num_taken_tokens=token_ids.numel(),
+        num_documents=len(token_ids),
+        num_conversations=0,
+        num_cut=0,
     )
-
-
-def _calibration(
-    windows: torch.Tensor,
-    options: QuantizeOptions,
-    source: str,
-    sha256: str,
-    num_tokens: int,
-    num_documents: int,
-) -> Calibration:
-    """Windows in which every token counts."""
-    report = CalibrationReport(
-        source=source,
-        sha256=sha256,
-        tokens_sha256=_hash_tokens(windows),
-        num_text_tokens=num_tokens,
-        num_windows=len(windows),
-        num_windows_asked=options.num_samples,
-        seq_len=options.seq_len,
-        num_documents=num_documents,
-        num_distinct_tokens=len(windows.unique()),
-    )
-    return Calibration(windows, report)
 
 
 def _hash_tokens(token_ids: torch.Tensor) -> str:

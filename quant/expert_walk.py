@@ -55,15 +55,16 @@ class _Stream:
             weights = self.routing.weights[tokens, index, None]
             self._hidden.index_add_(0, tokens, weights * expert(self.normed[tokens]))
 
-    def shown_to(self, index: int, at_least: int) -> _Shown:
-        """The tokens for an expert: all that go to it, and others until there are so many."""
-        own = self.routing.chosen[:, index]
+    def shown_to(self, index: int, at_least: int, counts: torch.Tensor) -> _Shown:
+        """The tokens for an expert: all that go to it, and others until there are so many; none but
+        those that count, bool ``[T]``."""
+        own = self.routing.chosen[:, index] & counts
         weights = self.routing.weights[:, index]
         tokens = own.nonzero()[:, 0]
         usual = float(weights[tokens].mean()) if len(tokens) else 1.0
-        num_missing = min(at_least, len(own)) - len(tokens)
+        num_missing = min(at_least, int(counts.sum())) - len(tokens)
         if num_missing > 0:
-            nearest = weights.masked_fill(own, -1.0).topk(num_missing).indices
+            nearest = weights.masked_fill(own | ~counts, -1.0).topk(num_missing).indices
             tokens = torch.cat([tokens, nearest]).sort().values
         is_own = own[tokens]
         shown = torch.where(is_own, weights[tokens], BORROWED_SHARE * usual)
@@ -74,6 +75,7 @@ class ExpertWalk:
     """The part of a walk behind attention.
 
     hidden, exact: ``[S, T, hidden_size]``, see ``walk_``. memory: room for ``numbers_needed``.
+    counts: bool ``[S, T]``, the positions that are shown.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ExpertWalk:
         hidden: torch.Tensor,
         exact: torch.Tensor | None,
         memory: torch.Tensor,
+        counts: torch.Tensor,
     ) -> None:
         assert block.mixture is not None
         self._block = block
@@ -89,6 +92,7 @@ class ExpertWalk:
         self._stages = block.stages[2:]
         norm = block.module(self._stages[0].previous)
         self._shape = hidden.shape
+        self._counts = counts
         streams = []
         for states in (hidden, exact):
             if states is not None:
@@ -119,7 +123,7 @@ class ExpertWalk:
         for index, (into, out) in enumerate(zip(stages[::2], stages[1::2], strict=True)):
             expert = self._mixture.members[index]
             width = max(expert.in_features, expert.inner_features)
-            shown = self._quantized.shown_to(index, least_per_input * width)
+            shown = self._quantized.shown_to(index, least_per_input * width, self._counts.flatten())
             for stage, windows in (
                 (into, self._see_inputs(index, expert, shown)),
                 (out, self._see_inner(expert, shown)),
@@ -133,7 +137,7 @@ class ExpertWalk:
         windows = self._quantized.normed.view(self._shape)
         for index, window in enumerate(windows):
             beside = None if self._float is None else self._float.normed.view(self._shape)[index]
-            yield Seen(index, window, beside)
+            yield Seen(index, window, beside).at(self._counts[index])
 
     def _see_inputs(self, index: int, expert: Expert, shown: _Shown) -> Iterator[Seen]:
         """What the first layers receive; the float model goes on by this expert."""

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from qserve.quant.architecture import LayerSet
@@ -31,6 +30,7 @@ from qserve.quant.progress import ProgressCallback
 from qserve.quant.sensitivity import StageKey, measure_sensitivity
 from qserve.quant.stored_size import PackedSizes, bytes_beside, float_bytes
 from qserve.quant.target import StageSpec, Target
+from qserve.quant.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +84,13 @@ class Mixer:
         }
         self._limit = self._find_limit(options) if options.is_limited else None
 
-    def measure(self, token_ids: torch.Tensor, progress: ProgressCallback) -> Estimates:
-        """What the candidates of each set add, by calibration windows ``[S, T]``."""
+    def measure(self, windows: Windows, progress: ProgressCallback) -> Estimates:
+        """What the candidates of each set add, by calibration windows."""
         specs = {
             key: [one.spec for one in candidates if one.spec is not None]
             for key, candidates in self._candidates.items()
         }
-        return measure_sensitivity(self._decoder, token_ids, specs, progress)
+        return measure_sensitivity(self._decoder, windows, specs, progress)
 
     def estimated(self, estimates: Estimates) -> dict[StageKey, list[Candidate]]:
         """The candidates of every set with what they add."""

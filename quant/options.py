@@ -10,6 +10,7 @@ from pathlib import Path
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.compressed_schemes import Kind, KvCacheScheme
 from qserve.quant.formats.registry import OutputFormat
+from qserve.quant.hub_data import PREFIX, HubDataset, parse_dataset
 from qserve.quant.overrides import FLOAT_BITS, Override, check_bits
 from qserve.quant.steps import DEFAULT_DAMPING
 
@@ -90,6 +91,20 @@ class CalibrationSource(Enum):
     """Text that the model itself writes, sampled at temperature 1."""
 
 
+SOURCES = {"builtin": CalibrationSource.BUILT_IN, "self": CalibrationSource.SELF}
+"""By the names that users give."""
+
+
+def read_source(text: str, folder: Path) -> Path | HubDataset | CalibrationSource:
+    """The calibration text that a user names: ``builtin``, ``self``, ``hub:…``, or a file.
+
+    folder: what a relative path starts from. Raises ``OptionError``.
+    """
+    if text.startswith(PREFIX):
+        return parse_dataset(text)
+    return SOURCES.get(text) or folder / text
+
+
 class Effort(Enum):
     """How much is done for the quality of the methods that read text."""
 
@@ -161,7 +176,9 @@ class QuantizeOptions:
         GPTQ's formats, where it costs speed at run time.
     head: how the output head is stored; 8 bits in the formats that hold them beside the codes of
         the method.
-    calibration: a UTF-8 text file, or one of the sources that need no file. RTN reads none.
+    calibration: a file, a data set of the hub, or one of the sources that need neither. RTN reads
+        none.
+    assistant_only: of conversations only the assistant's messages count, the rest is context.
     num_samples, seq_len: calibration windows and their length in tokens.
     overrides: what single layers get instead of ``bits`` and ``group_size``; layers that serving
         engines run as one get the same, and of two settings for a layer the later counts.
@@ -190,7 +207,8 @@ class QuantizeOptions:
     damping: float = DEFAULT_DAMPING
     activation_order: bool = False
     head: Head = Head.FLOAT
-    calibration: Path | CalibrationSource = CalibrationSource.BUILT_IN
+    calibration: Path | HubDataset | CalibrationSource = CalibrationSource.BUILT_IN
+    assistant_only: bool = False
     num_samples: int = 32
     seq_len: int = 512
     overrides: tuple[Override, ...] = ()
@@ -215,6 +233,11 @@ class QuantizeOptions:
             raise OptionError(f"damping {self.damping}: expected a share above 0 and up to 1")
         if self.seq_len < 2:
             raise OptionError(f"seq_len {self.seq_len}: expected at least 2 tokens")
+        if self.assistant_only and isinstance(self.calibration, CalibrationSource):
+            raise OptionError(
+                f"assistant_only: the text {self.calibration.value} has no conversations: give a "
+                "file or a data set with `messages`"
+            )
         self._check_limits()
         for pattern in self.ignore:
             Override(pattern, FLOAT_BITS)
@@ -234,6 +257,15 @@ class QuantizeOptions:
             raise OptionError("widths are chosen from under a limit: give avg_bits or max_size")
         for width in self.widths:
             check_bits("widths", width)
+
+    @property
+    def calibration_name(self) -> str:
+        """What reports call the text."""
+        if isinstance(self.calibration, Path):
+            return self.calibration.name
+        if isinstance(self.calibration, CalibrationSource):
+            return self.calibration.value
+        return str(self.calibration)
 
     @property
     def is_limited(self) -> bool:

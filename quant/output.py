@@ -100,6 +100,15 @@ def kept_work(out: Path, key: str) -> Path | None:
     return folder if _holds_files(folder / WORK) else None
 
 
+def has_other_work(out: Path, key: str) -> bool:
+    """Whether an unfinished run with another key has left something, which will be removed."""
+    target = Path(os.path.realpath(out))
+    if not target.parent.is_dir():
+        return False
+    mine = _hidden(target, _token(key))
+    return any(path != mine and _holds_files(path / WORK) for path in _leftovers(target, PARTIAL))
+
+
 @contextmanager
 def _publish(
     out: Path,

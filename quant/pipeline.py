@@ -161,13 +161,19 @@ class _Run:
             self._plan = self._mixer.plan(self._estimates(self._mixer, progress))
         if not self._profile.calibrated:
             return
-        embedded = as_stored(self._decoder.embed(self._calibration.token_ids))
+        embedded = as_stored(self._decoder.embed(self._calibration.windows.token_ids))
         num_models = 2 if self._profile.steps.follow_float_model else 1
         hidden = embedded.repeat(num_models, 1, 1, 1)
         if self._records:
             self._state.load_hidden_(len(self._records) - 1, hidden)
         self._hidden = hidden
-        quantizer = CalibratedQuantizer(hidden[0], self._plan, self._profile, *hidden[1:])
+        quantizer = CalibratedQuantizer(
+            hidden[0],
+            self._plan,
+            self._profile,
+            hidden[1] if num_models > 1 else None,
+            self._calibration.windows.counts,
+        )
         self._quantize_block = quantizer.quantize_block
 
     def _estimates(self, mixer: Mixer, progress: ProgressCallback) -> Estimates:
@@ -175,7 +181,7 @@ class _Run:
         assert self._calibration is not None
         kept = self._state.read_object(ESTIMATES)
         if kept is None:
-            measured = mixer.measure(self._calibration.token_ids, progress)
+            measured = mixer.measure(self._calibration.windows, progress)
             kept = {f"{index} {stage}": list(found) for (index, stage), found in measured.items()}
             self._state.write_object(ESTIMATES, kept)
         keys = (name.split(" ", 1) for name in kept)
@@ -281,7 +287,7 @@ class _Run:
         asked = self._options.kv_cache
         if asked is not None:
             calibration = self._calibration or gather_calibration(self._decoder, self._options)
-            windows = calibration.token_ids[::CACHE_STRIDE]
+            windows = calibration.windows[::CACHE_STRIDE]
             decoder = Decoder(Checkpoint(out))
             overwrite_tensors(out, find_scales(decoder, windows, asked.scheme.kind, progress))
 

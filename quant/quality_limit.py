@@ -78,7 +78,7 @@ class Escalation:
         Raises like ``gather_calibration``.
         """
         self._mixer = Mixer(decoder, options, make_plan(decoder, options))
-        windows = gather_calibration(decoder, options).token_ids
+        windows = gather_calibration(decoder, options).windows
         self._candidates = self._mixer.estimated(self._mixer.measure(windows, progress))
         self._why = f"raised to keep the KL below {options.max_kl:g}"
         self._usual = self._mixer.usual(self._candidates)

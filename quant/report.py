@@ -66,24 +66,50 @@ class LayerReport:
 class CalibrationReport:
     """The text that was looked at.
 
-    source: the file's name, ``built-in`` or ``self``.
-    sha256: of the UTF-8 text; of the token ids (int64, little-endian) for self-generated windows.
+    source: the file's name, ``built-in``, ``self``, or the data set as it was asked for.
+    sha256: of the UTF-8 text, of the documents where there are conversations; of the token ids
+        (int64, little-endian) for self-generated windows.
     tokens_sha256: of the token ids of the windows (int64, little-endian).
     num_text_tokens: tokens of the whole text the windows are taken from.
+    num_taken_tokens: of these in the windows, which may hold padding and BOS beside them.
+    num_counted_tokens: positions of the windows that decide anything.
     num_windows: fewer than asked for when the text is short.
     num_documents: texts and conversations in it; windows, for self-generated ones.
-    num_distinct_tokens: entries of the vocabulary that occur in the windows.
+    num_conversations: of the documents. num_cut: conversations that lost their end.
+    num_distinct_tokens: entries of the vocabulary that occur among what counts.
     """
 
     source: str
     sha256: str
     tokens_sha256: str
     num_text_tokens: int
+    num_taken_tokens: int
+    num_counted_tokens: int
     num_windows: int
     num_windows_asked: int
     seq_len: int
     num_documents: int
+    num_conversations: int
+    num_cut: int
     num_distinct_tokens: int
+
+    @property
+    def coverage(self) -> float:
+        """The share of the text that was looked at."""
+        return self.num_taken_tokens / max(self.num_text_tokens, 1)
+
+    def __str__(self) -> str:
+        what = (
+            f"{self.source}: {self.num_windows} windows, {self.num_taken_tokens:,} of "
+            f"{self.num_text_tokens:,} tokens ({100 * self.coverage:.0f} %), "
+            f"{self.num_documents} documents, {self.num_distinct_tokens:,} different tokens"
+        )
+        if not self.num_conversations:
+            return what
+        return (
+            f"{what}; {self.num_cut} of {self.num_conversations} conversations cut, "
+            f"{self.num_counted_tokens:,} tokens count"
+        )
 
 
 @dataclass(frozen=True, slots=True)

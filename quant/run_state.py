@@ -18,9 +18,12 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from qserve.kernels import packing
+from qserve.quant.documents import read_documents
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.tensor_part import AtomicFile, Part, PartWriter, checksum
 from qserve.quant.formats.writer import LayerScheme
+from qserve.quant.hub_data import HubDataset
 from qserve.quant.options import QuantizeOptions
 from qserve.quant.report import LayerReport
 
@@ -56,8 +59,9 @@ def run_key(source: Checkpoint, options: QuantizeOptions) -> str:
     """A name for all that a result follows from: equal keys, equal results.
 
     Model files count by name, size and time of change, since reading a large model takes as long
-    as quantizing a part of it; a calibration file by its content; then the options, the number of
-    threads (which decides the order of sums) and the versions of ``PACKAGES``.
+    as quantizing a part of it; a calibration file or data set by its content; then the options, the
+    number of threads (which decides the order of sums), the versions of ``PACKAGES``, and our own
+    code: another build may keep its state in another form, and compute something else.
     Raises ``CalibrationError`` for a calibration file that cannot be read.
     """
     files = sorted(path for path in source.folder.iterdir() if path.is_file())
@@ -67,16 +71,30 @@ def run_key(source: Checkpoint, options: QuantizeOptions) -> str:
         "calibration": _calibration_hash(options),
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in PACKAGES},
+        "code": _code_hash(),
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:KEY_DIGITS]
 
 
 def _calibration_hash(options: QuantizeOptions) -> str | None:
-    path = options.calibration
-    if not isinstance(path, Path) or not path.is_file():
+    source = options.calibration
+    if isinstance(source, HubDataset):
+        contents = [document.content for document in read_documents(source)]
+        return hashlib.sha256(repr(contents).encode()).hexdigest()
+    if not isinstance(source, Path) or not source.is_file():
         return None  # what is wrong with it is said where it is read
-    with path.open("rb") as file:
+    with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code_hash() -> str:
+    """Of the Python files that a result depends on: this folder and the kernels."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(packing.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 class RunState:

@@ -30,6 +30,14 @@ class Seen:
     hidden: tuple[torch.Tensor, torch.Tensor] | None = None
     num_borrowed: int = 0
 
+    def at(self, positions: torch.Tensor) -> Seen:
+        """Some positions of a window, bool ``[T]``, as if there were no others."""
+        exact = None if self.exact is None else self.exact[positions]
+        pair = self.hidden
+        if pair is not None:
+            pair = pair[0][positions], pair[1][positions]
+        return Seen(self.index, self.received[positions], exact, pair)
+
 
 class TokenCount:
     """Counts the rows that pass."""

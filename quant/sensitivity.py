@@ -28,6 +28,7 @@ from qserve.quant.decoder import Block, Decoder, OutputHead
 from qserve.quant.grid import grid_over_all, rounding_difference
 from qserve.quant.progress import Pace, Phase, ProgressCallback
 from qserve.quant.target import StageSpec
+from qserve.quant.windows import Windows
 
 NUM_WINDOWS, SEQ_LEN = 8, 128
 """Of the calibration windows, the beginnings of some: many texts say more than long ones."""
@@ -51,38 +52,59 @@ class _Traced:
 
 def measure_sensitivity(
     decoder: Decoder,
-    token_ids: torch.Tensor,
+    windows: Windows,
     candidates: Mapping[StageKey, Sequence[StageSpec]],
     progress: ProgressCallback,
 ) -> dict[StageKey, tuple[float, ...]]:
     """The mean KL divergence in nats that each candidate of a stage adds when it alone is rounded.
 
-    token_ids: calibration windows ``[S, T]``. The same input gives the same estimates.
+    windows: of calibration; the mean is over the positions that count in some of them. The same
+    input gives the same estimates.
     """
-    stride = max(1, len(token_ids) // NUM_WINDOWS)
-    windows = token_ids[::stride][:NUM_WINDOWS, :SEQ_LEN]
+    some = _excerpts(windows)
+    length, num_counted = some.token_ids.shape[1], int(some.counts.sum())
     pace = Pace(progress, Phase.MEASURE, 2 * decoder.num_blocks)
-    hidden = decoder.embed(windows)
+    hidden = decoder.embed(some.token_ids)
     entered = []
     for index in range(decoder.num_blocks):
         entered.append(hidden.bfloat16())  # half the memory; the estimate does not need more
-        decoder.block(index, windows.shape[1]).run_(hidden)
+        decoder.block(index, length).run_(hidden)
         pace.step()
-    gradients = _leave(decoder, hidden)
+    gradients = _leave(decoder, hidden, some.counts)
     found: dict[StageKey, tuple[float, ...]] = {}
     for index in reversed(range(decoder.num_blocks)):
-        block = decoder.block(index, windows.shape[1])
+        block = decoder.block(index, length)
         traced = _walk_back_(block, entered.pop().float(), gradients)
         for layer_set in block.layer_sets:
             specs = candidates.get((index, layer_set.name), ())
             if specs:
-                found[index, layer_set.name] = _increases(block, layer_set, traced, specs)
+                sums = _increases(block, layer_set, traced, specs)
+                found[index, layer_set.name] = tuple(total / num_counted / 2 for total in sums)
         pace.step()
     return found
 
 
-def _leave(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
-    """g by the hidden states ``[S, T, hidden_size]`` that leave the last block."""
+def _excerpts(windows: Windows) -> Windows:
+    """Of some windows the pieces in which most counts; the beginnings where everything does."""
+    some = windows[:: max(1, len(windows) // NUM_WINDOWS)][:NUM_WINDOWS]
+    length = min(SEQ_LEN, some.token_ids.shape[1])
+    starts = [
+        max(
+            range(0, len(row) - length + 1, length), key=lambda at: int(row[at : at + length].sum())
+        )
+        for row in some.counts
+    ]
+    return Windows(
+        *(
+            torch.stack([row[at : at + length] for row, at in zip(rows, starts, strict=True)])
+            for rows in (some.token_ids, some.counts)
+        )
+    )
+
+
+def _leave(decoder: Decoder, hidden: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """g by the hidden states ``[S, T, hidden_size]`` that leave the last block; 0 where they do not
+    count."""
     norm, head = decoder.final_norm(), decoder.head()
     draw = torch.Generator().manual_seed(0)
     gradients = torch.empty_like(hidden)
@@ -92,6 +114,7 @@ def _leave(decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
         strict=True,
     ):
         out.copy_(_leave_rows(norm, head, rows, draw))
+    gradients[~counts] = 0
     return gradients
 
 
@@ -133,14 +156,13 @@ def _walk_back_(block: Block, hidden: torch.Tensor, gradients: torch.Tensor) -> 
 def _increases(
     block: Block, layer_set: LayerSet, traced: Mapping[str, _Traced], specs: Sequence[StageSpec]
 ) -> tuple[float, ...]:
-    """The estimate for each candidate, in nats a token; experts are taken as independent too."""
-    num_tokens = len(traced[block.stages[0].name].inputs)
+    """The sum over tokens for each candidate; experts are taken as independent too."""
     totals = [0.0] * len(specs)
     for stage in layer_set.stages:
         weight = torch.cat([block.linear(name).weight for name in stage.linears])
         for i, spec in enumerate(specs):
             totals[i] += _moved(weight, traced[stage.name], spec)
-    return tuple(total / num_tokens / 2 for total in totals)
+    return tuple(totals)
 
 
 def _moved(weight: torch.Tensor, traced: _Traced, spec: StageSpec) -> float:

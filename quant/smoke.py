@@ -91,11 +91,11 @@ def _quantize(
     profile = profile_of(options)
     if not profile.calibrated:
         return rtn.quantize_block(block, plan, profile.choose_grid), 0
-    calibration = gather_calibration(decoder, options)
-    hidden = as_stored(decoder.embed(calibration.token_ids))
+    windows = gather_calibration(decoder, options).windows
+    hidden = as_stored(decoder.embed(windows.token_ids))
     exact = hidden.clone() if profile.steps.follow_float_model else None
-    result = CalibratedQuantizer(hidden, plan, profile, exact).quantize_block(block)
-    return result, calibration.token_ids.numel()
+    quantizer = CalibratedQuantizer(hidden, plan, profile, exact, windows.counts)
+    return quantizer.quantize_block(block), int(windows.counts.sum())
 
 
 def _save(

@@ -64,15 +64,20 @@ class StageScales:
     transform: Transform
 
     def fold_(
-        self, block: Block, hidden: torch.Tensor, scratch: ScratchMemory
+        self,
+        block: Block,
+        hidden: torch.Tensor,
+        scratch: ScratchMemory,
+        counts: torch.Tensor | None = None,
     ) -> dict[str, ScaleChoice]:
         """Choose the scales of a float block and fold them in: of each stage that has one.
 
-        hidden: windows ``[S, T, hidden_size]``, which become what leaves the block.
+        hidden: windows ``[S, T, hidden_size]``, which become what leaves the block. counts: bool
+        ``[S, T]``, the positions that choose; None for all of them.
         """
         found: dict[str, ScaleChoice | None] = {}
         held: list[_Received] = []
-        for stage, windows in walk_(block, hidden, scratch):
+        for stage, windows in walk_(block, hidden, scratch, counts=counts):
             readers = [one for one in block.readers(stage) if self.plan.spec(block, one)]
             if self.transform is Transform.NONE or stage not in readers:
                 continue

@@ -40,6 +40,7 @@ def walk_(
     scratch: ScratchMemory,
     exact: torch.Tensor | None = None,
     least_per_input: int = 0,
+    counts: torch.Tensor | None = None,
 ) -> Iterator[tuple[Stage, Iterator[Seen]]]:
     """Each stage with its windows, in order of execution.
 
@@ -49,6 +50,7 @@ def walk_(
     float model runs on the weights that it finds when the windows are seen, without rounded
     activations. What was shown is overwritten when the next window is asked for.
     least_per_input: tokens for each input of its layers that an expert is shown, see ``Seen``.
+    counts: bool ``[S, T]``, the positions that are shown; None for all of them.
     """
     has_experts = block.mixture is not None
     stages = block.stages[: 2 if has_experts else None]
@@ -58,14 +60,20 @@ def walk_(
             (first, _see_normed(block, first, output, hidden, exact, kept)),
             (output, _see_mixed(block, first, output, hidden, exact, kept)),
         ):
-            yield stage, windows
+            yield stage, _counting(windows, counts)
             for _ in windows:
                 pass  # what the caller did not look at is computed all the same
         for window, inputs in zip(hidden, kept, strict=True):
             block.add_(output, window, inputs)
     if has_experts:
         memory = scratch.take(ExpertWalk.numbers_needed(block, hidden, exact))
-        yield from ExpertWalk(block, hidden, exact, memory).stages_(least_per_input)
+        shown = torch.ones(hidden.shape[:2], dtype=torch.bool) if counts is None else counts
+        yield from ExpertWalk(block, hidden, exact, memory, shown).stages_(least_per_input)
+
+
+def _counting(windows: Iterator[Seen], counts: torch.Tensor | None) -> Iterator[Seen]:
+    for seen in windows:
+        yield seen if counts is None else seen.at(counts[seen.index])
 
 
 def _see_normed(

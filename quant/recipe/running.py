@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qserve.quant.evaluate import Evaluation, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import CalibrationSource, QuantizeOptions, TuneOptions
+from qserve.quant.options import QuantizeOptions, TuneOptions, read_source
 from qserve.quant.output import Discarded, publish_resumable
 from qserve.quant.overrides import Override
 from qserve.quant.pipeline import quantize
@@ -20,8 +20,6 @@ from qserve.quant.recipe.gates import check_gates
 from qserve.quant.recipe.lock import write_lock
 from qserve.quant.recipe.report import RecipeReport
 from qserve.quant.recipe.schema import (
-    BUILT_IN,
-    SELF,
     TOPICS,
     EvaluateSection,
     GatesSection,
@@ -57,16 +55,15 @@ class Job:
     @property
     def texts(self) -> list[Path]:
         """The text files that are read."""
-        named = [self.recipe.calibration.text]
-        if self.recipe.evaluate is not None:
-            named.append(self.recipe.evaluate.text)
-        return [self.folder / name for name in named if name not in (BUILT_IN, SELF, TOPICS)]
+        read: list[object] = [read_source(self.recipe.calibration.text, self.folder)]
+        if self.recipe.evaluate is not None and self.recipe.evaluate.text != TOPICS:
+            read.append(self.folder / self.recipe.evaluate.text)
+        return [path for path in read if isinstance(path, Path)]
 
     def options(self) -> QuantizeOptions:
         """The quantization that the recipe asks for. Raises ``OptionError``."""
         section, calibration = self.recipe.quantize, self.recipe.calibration
         tune = section.tune
-        sources = {BUILT_IN: CalibrationSource.BUILT_IN, SELF: CalibrationSource.SELF}
         return QuantizeOptions(
             method=section.method,
             bits=section.bits,
@@ -76,7 +73,8 @@ class Job:
             damping=section.damping,
             activation_order=section.act_order,
             head=section.head,
-            calibration=sources.get(calibration.text) or self.folder / calibration.text,
+            calibration=read_source(calibration.text, self.folder),
+            assistant_only=calibration.assistant_only,
             num_samples=calibration.samples,
             seq_len=calibration.seq_len,
             overrides=tuple(

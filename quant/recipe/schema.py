@@ -11,7 +11,7 @@ from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Head, KvCache, Met
 from qserve.quant.size_text import parse_size
 from qserve.quant.steps import DEFAULT_DAMPING
 
-BUILT_IN, SELF, TOPICS = "builtin", "self", "python-topics"
+BUILT_IN, TOPICS = "builtin", "python-topics"
 
 
 def read_size(value: Any) -> Any:
@@ -115,7 +115,13 @@ class QuantizeSection(Section):
 class CalibrationSection(Section):
     """The text that quantization looks at."""
 
-    text: str = Field(default=BUILT_IN, description="A UTF-8 file, `builtin` or `self`.")
+    text: str = Field(
+        default=BUILT_IN,
+        description="A file, a data set (`hub:OWNER/NAME[:SPLIT[:COLUMN]]`), `builtin` or `self`.",
+    )
+    assistant_only: bool = Field(
+        default=False, description="Of conversations only the assistant's messages count."
+    )
     samples: int = Field(default=32, ge=1, description="Windows of text.")
     seq_len: int = Field(default=512, ge=2, description="Tokens of a window.")
 

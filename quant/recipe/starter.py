@@ -18,7 +18,7 @@ quantize:
   # ignore: [lm_head]    # regular expressions; what matches stays in 16 bits
 
 calibration:
-  text: builtin          # a UTF-8 file, builtin, or self (what the model itself writes)
+  text: builtin          # a file, hub:OWNER/NAME, builtin, or self (what the model itself writes)
   samples: 32
   seq_len: 512
 

@@ -31,11 +31,16 @@ class Divergence:
         """How far ``hidden`` is from the float model's ``target``."""
         return self._sum(target, hidden, None) / hidden[..., 0].numel()
 
-    def gradient(self, target: torch.Tensor, hidden: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """The same, and its gradient in ``hidden``."""
-        gradient = torch.empty_like(hidden)
-        count = hidden[..., 0].numel()
-        return self._sum(target, hidden, gradient) / count, gradient.div_(count)
+    def gradient(
+        self, target: torch.Tensor, hidden: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
+        """The same over positions that count, bool ``[...]``, and its gradient in ``hidden``."""
+        rows = hidden[counts]
+        found = torch.empty_like(rows)
+        loss = self._sum(target[counts], rows, found) / len(rows)
+        gradient = torch.zeros_like(hidden)
+        gradient[counts] = found.div_(len(rows))
+        return loss, gradient
 
     def _sum(
         self, target: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor | None

@@ -28,6 +28,7 @@ from qserve.quant.report import TuningReport
 from qserve.quant.tuning.divergence import Divergence
 from qserve.quant.tuning.tuned_decoder import State, TunedDecoder
 from qserve.quant.tuning.windows import TuningWindows
+from qserve.quant.windows import Windows
 
 WINDOWS_AT_ONCE = 2
 TARGETS_AT_ONCE = 4 * WINDOWS_AT_ONCE
@@ -107,7 +108,7 @@ class _Session:
         self._float = Decoder(source)
         self._windows = windows
         self._divergence = Divergence(self._float.head(), self._tuned.head(), self.arithmetic)
-        self._expected = final_hidden(self._float, windows.held_back, _nothing)
+        self._expected = final_hidden(self._float, windows.held_back.token_ids, _nothing)
         self._average = self._tuned.unmoved()
         self._state = {n: share.clone().requires_grad_() for n, share in self._average.items()}
         self._optimizer = torch.optim.Adam(self._state.values(), betas=BETAS, eps=EPSILON)
@@ -127,23 +128,27 @@ class _Session:
         """The average of the states so far, as it would be stored."""
         state = {name: share.clone() for name, share in self._average.items()} if step else {}
         self._tuned.state = state
-        hidden = final_hidden(self._tuned, self._windows.held_back, _nothing)
-        return _Judgement(step, self._divergence.mean(self._expected, hidden), state)
+        windows = self._windows.held_back
+        hidden = final_hidden(self._tuned, windows.token_ids, _nothing)
+        counts = windows.counts
+        return _Judgement(
+            step, self._divergence.mean(self._expected[counts], hidden[counts]), state
+        )
 
     def stored(self, judgement: _Judgement, writer: Writer) -> dict[str, torch.Tensor]:
         """The tensors that the state of a judgement changes."""
         self._tuned.state = judgement.state
         return self._tuned.stored(writer)
 
-    def _lessons_in_turn(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _lessons_in_turn(self) -> Iterator[tuple[Windows, torch.Tensor]]:
         """The windows of one step after another, with the float model's final hidden states."""
         order = _shuffled(len(self._windows.learned))
         while True:
-            token_ids = self._windows.learned[list(islice(order, TARGETS_AT_ONCE))]
+            windows = self._windows.learned[list(islice(order, TARGETS_AT_ONCE))]
             with torch.autocast("cpu", self.arithmetic, self.arithmetic is not torch.float32):
-                targets = final_hidden(self._float, token_ids, _nothing)
+                targets = final_hidden(self._float, windows.token_ids, _nothing)
             yield from zip(
-                token_ids.split(WINDOWS_AT_ONCE), targets.split(WINDOWS_AT_ONCE), strict=True
+                windows.split(WINDOWS_AT_ONCE), targets.split(WINDOWS_AT_ONCE), strict=True
             )
 
 

@@ -14,6 +14,7 @@ from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.formats.writer import Writer
 from qserve.quant.tuning.divergence import Divergence
 from qserve.quant.tuning.group_scales import as_stored, scales_of, with_scales
+from qserve.quant.windows import Windows
 
 State = Mapping[str, torch.Tensor]
 """How far each number has moved, as a share of where it started: float32, by the name of its packed
@@ -66,16 +67,16 @@ class TunedDecoder(Decoder):
         return norm.requires_grad_(False)
 
     def learn(
-        self, token_ids: torch.Tensor, target: torch.Tensor, divergence: Divergence, state: State
+        self, windows: Windows, target: torch.Tensor, divergence: Divergence, state: State
     ) -> float:
-        """Add the gradient of the mean divergence on windows ``[S, T]`` to the leaves of a state.
+        """Add the gradient of the mean divergence where windows count to the leaves of a state.
 
         The blocks run forward without a graph; then each runs again from what it had received and
         passes the gradient on, so that one block's graph is in memory. ``state`` is taken as it
         is, in float32. target: the float model's final hidden states. Returns the divergence.
         """
-        length = token_ids.shape[1]
-        hidden = self.embed(token_ids)
+        length = windows.token_ids.shape[1]
+        hidden = self.embed(windows.token_ids)
         received = []
         with torch.no_grad():
             for index in range(self.num_blocks):
@@ -84,7 +85,7 @@ class TunedDecoder(Decoder):
         hidden.requires_grad_()
         weight = self._moved_norm(FINAL_NORM, state)
         normed = functional_call(super().final_norm(), {"weight": weight}, (hidden,))
-        loss, gradient = divergence.gradient(target, normed.detach())
+        loss, gradient = divergence.gradient(target, normed.detach(), windows.counts)
         normed.backward(gradient)
         for index in reversed(range(self.num_blocks)):
             gradient = _gradient_of(hidden)

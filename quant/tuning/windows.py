@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from qserve.quant.calibration_text import texts
-from qserve.quant.documents import read_documents
 from qserve.quant.errors import CalibrationError, OptionError
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import CalibrationSource, QuantizeOptions
-from qserve.quant.windows import tokenize, windows_between
+from qserve.quant.window_text import read_window_text
+from qserve.quant.windows import Windows
 
 HELD_BACK_SHARE = 1 / 16
 MAX_HELD_BACK = 8
@@ -21,14 +17,14 @@ MIN_WINDOWS = 2
 
 @dataclass(frozen=True, slots=True)
 class TuningWindows:
-    """Windows of tokens ``[S, seq_len]``: to learn from, and held back to judge by."""
+    """Windows of tokens: to learn from, and held back to judge by."""
 
-    learned: torch.Tensor
-    held_back: torch.Tensor
+    learned: Windows
+    held_back: Windows
 
 
 def gather_windows(model: Checkpoint, options: QuantizeOptions) -> TuningWindows:
-    """The windows between those that quantization takes from the same text.
+    """The windows that quantization leaves of the same text.
 
     The last ones are held back: what is learned is judged on other pages. model: whose tokenizer
     counts. Raises ``OptionError`` for self-written text, which has no more windows than were asked
@@ -36,17 +32,13 @@ def gather_windows(model: Checkpoint, options: QuantizeOptions) -> TuningWindows
     """
     if options.calibration is CalibrationSource.SELF:
         raise OptionError("tuning needs more text than the model writes itself: give a text file")
-    if isinstance(options.calibration, Path):
-        text = "\n\n".join(read_documents(options.calibration, model.folder))
-    else:
-        text = "\n\n".join(texts())
-    ids = tokenize(model.folder, text)
-    unused = windows_between(ids, options.num_samples, options.seq_len)
+    text = read_window_text(model.folder, options)
+    unused = text.left
     if len(unused) < MIN_WINDOWS:
         raise CalibrationError(
-            f"the text has {len(ids)} tokens, {options.num_samples} windows of {options.seq_len} "
-            f"are for quantization; that leaves {len(unused)} windows to tune on: give a longer "
-            "text or fewer samples"
+            f"the text has {text.num_tokens} tokens, {options.num_samples} windows of "
+            f"{options.seq_len} are for quantization; that leaves {len(unused)} windows to tune "
+            "on: give a longer text or fewer samples"
         )
     num_held_back = min(MAX_HELD_BACK, max(1, round(HELD_BACK_SHARE * len(unused))))
     return TuningWindows(unused[:-num_held_back], unused[-num_held_back:])

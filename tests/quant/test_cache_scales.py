@@ -21,6 +21,7 @@ from qserve.quant.inspection import inspect_checkpoint
 from qserve.quant.options import KvCache, Method, QuantizeOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import ignore_progress
+from qserve.quant.windows import Windows, windows_of_text
 
 WINDOWS = torch.arange(3 * 20).view(3, 20) * 7 % 512
 
@@ -55,7 +56,9 @@ def test_keys_and_values_are_those_that_a_cache_holds(tiny_llama: Path) -> None:
     cache = DynamicCache()
     with torch.no_grad():
         model(WINDOWS, past_key_values=cache)
-    found = find_scales(Decoder(Checkpoint(tiny_llama)), WINDOWS, Kind.INT, ignore_progress)
+    found = find_scales(
+        Decoder(Checkpoint(tiny_llama)), windows_of_text(WINDOWS), Kind.INT, ignore_progress
+    )
     assert len(found) == 2 * len(cache.layers)
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
@@ -91,3 +94,16 @@ def test_a_format_without_room_for_them_is_refused(
     options = replace(tiny_options, kv_cache=KvCache.FLOAT8)
     with pytest.raises(OptionError, match="awq cannot state key-value scales"):
         quantize(Checkpoint(tiny_llama), tmp_path, options, ignore_progress)
+
+
+def test_positions_that_do_not_count_change_no_scale(tiny_llama: Path) -> None:
+    counts = torch.arange(WINDOWS.shape[1]).expand(len(WINDOWS), -1) < WINDOWS.shape[1] // 2
+    others = torch.where(counts, WINDOWS, WINDOWS.flip(1))
+    first, second = (
+        find_scales(
+            Decoder(Checkpoint(tiny_llama)), Windows(ids, counts), Kind.INT, ignore_progress
+        )
+        for ids in (WINDOWS, others)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(scales, second[name]) for name, scales in first.items())

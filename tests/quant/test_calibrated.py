@@ -14,7 +14,7 @@ from qserve.quant.calibrated import CalibratedQuantizer
 from qserve.quant.decoder import Block, Decoder
 from qserve.quant.errors import CheckpointError
 from qserve.quant.methods import profile_of
-from qserve.quant.options import Effort, QuantizeOptions
+from qserve.quant.options import Effort, Method, QuantizeOptions
 from qserve.quant.plan import Plan, make_plan
 
 HiddenStates = Callable[[Decoder], torch.Tensor]
@@ -158,3 +158,38 @@ def test_errors_are_fed_back_where_the_text_is_long_enough(
             assert layer.rounding == "nearest", layer.name
     assert feedback.error is not None and nearest.error is not None
     assert feedback.error < nearest.error
+
+
+@pytest.mark.parametrize("method", [Method.AWQ, Method.SMOOTHQUANT])
+@pytest.mark.parametrize("effort", [Effort.FULL, Effort.PLAIN])
+def test_positions_that_do_not_count_decide_nothing(
+    decoder: Decoder, hidden_states: HiddenStates, method: Method, effort: Effort
+) -> None:
+    options = QuantizeOptions(method=method, effort=effort)
+    plan = make_plan(decoder, options)
+    hidden = hidden_states(decoder)
+    counts = torch.arange(hidden.shape[1]).expand(len(hidden), -1) < 40
+    noisy = torch.where(counts[..., None], hidden, 7 * hidden.flip(2))
+    ways = ((hidden, counts), (noisy, counts), (noisy, None))
+    found = []
+    for entered, some in ways:
+        states = entered.clone(), entered.clone(), some
+        quantizer = CalibratedQuantizer(states[0], plan, profile_of(options), *states[1:])
+        found.append(quantizer.quantize_block(decoder.block(0, hidden.shape[1])))
+    first, second, all_counted = found
+    assert first.error == second.error != all_counted.error
+    assert first.layers == second.layers != all_counted.layers
+    for name, weight in first.weights.items():
+        assert torch.equal(weight.dequantize(), second.weights[name].dequantize()), name
+
+
+def test_text_is_too_short_when_too_little_of_it_counts(
+    decoder: Decoder, plan: Plan, hidden_states: HiddenStates
+) -> None:
+    hidden = hidden_states(decoder)
+    counts = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+    counts[:, :40] = True  # 240 positions, where 64 inputs need 256
+    profile = profile_of(replace(OPTIONS, effort=Effort.FULL))
+    quantizer = CalibratedQuantizer(hidden, plan, profile, None, counts)
+    result = quantizer.quantize_block(decoder.block(0, hidden.shape[1]))
+    assert {layer.rounding for layer in result.layers} == {"nearest"}

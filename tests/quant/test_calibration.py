@@ -38,8 +38,8 @@ def test_a_file_is_read_without_special_tokens(
 ) -> None:
     calibration = gather_calibration(decoder, tiny_options)
     ids = tokenize(decoder.checkpoint.folder, text_file.read_text())
-    assert calibration.token_ids[0].tolist() == ids[:48]
-    assert calibration.token_ids.shape == (12, 48)
+    assert calibration.windows.token_ids[0].tolist() == ids[:48]
+    assert calibration.windows.token_ids.shape == (12, 48)
     assert calibration.report.source == "prose.txt"
     assert calibration.report.sha256 == hashlib.sha256(text_file.read_bytes()).hexdigest()
     assert calibration.report.num_text_tokens == len(ids)
@@ -50,7 +50,7 @@ def test_the_text_of_the_package_is_the_default(decoder: Decoder) -> None:
     calibration = gather_calibration(decoder, QuantizeOptions(num_samples=4, seq_len=32))
     expected = tokenize(decoder.checkpoint.folder, "\n\n".join(texts()))
     assert calibration.report.source == "built-in"
-    assert calibration.token_ids[0].tolist() == expected[:32]
+    assert calibration.windows.token_ids[0].tolist() == expected[:32]
 
 
 def test_the_model_writes_its_own_text_the_same_with_the_same_seed(decoder: Decoder) -> None:
@@ -58,10 +58,10 @@ def test_the_model_writes_its_own_text_the_same_with_the_same_seed(decoder: Deco
     state = torch.get_rng_state()
     first, second = (gather_calibration(decoder, options) for _ in range(2))
     other = gather_calibration(decoder, replace(options, seed=6))
-    assert first.token_ids.shape == (3, 20)
-    assert torch.equal(first.token_ids, second.token_ids)
+    assert first.windows.token_ids.shape == (3, 20)
+    assert torch.equal(first.windows.token_ids, second.windows.token_ids)
     assert first.report.sha256 == second.report.sha256
-    assert not torch.equal(first.token_ids, other.token_ids)
+    assert not torch.equal(first.windows.token_ids, other.windows.token_ids)
     assert torch.equal(torch.get_rng_state(), state)
 
 

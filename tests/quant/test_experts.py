@@ -25,6 +25,7 @@ from qserve.quant.plan import Plan, block_name, make_plan
 from qserve.quant.progress import Progress, ignore_progress
 from qserve.quant.target import Target
 from qserve.quant.walk import ScratchMemory, walk_
+from qserve.quant.windows import windows_of_text
 
 MakeLlama = Callable[..., Path]
 HiddenStates = Callable[[Decoder], torch.Tensor]
@@ -121,6 +122,28 @@ def test_an_expert_that_few_tokens_go_to_is_shown_those_that_came_nearest(
         torch.testing.assert_close(rows, inputs[near] * weights)
 
 
+def test_no_expert_is_shown_what_does_not_count(mixtral: Path, hidden_states: HiddenStates) -> None:
+    decoder = Decoder(Checkpoint(mixtral))
+    hidden = hidden_states(decoder)
+    counts = torch.arange(hidden.shape[1]).expand(len(hidden), -1) >= 30
+    block = decoder.block(0, hidden.shape[1])
+    inputs = mixture_inputs(block, hidden)
+    assert block.mixture is not None
+    routing = block.mixture.route(inputs)
+    for least_per_input in (0, 1):
+        walk = walk_(block, hidden.clone(), ScratchMemory(), None, least_per_input, counts)
+        shown = {stage.name: torch.cat([one.received for one in some]) for stage, some in walk}
+        assert len(shown["attention input"]) == len(shown["router"]) == int(counts.sum())
+        for index in range(NUM_EXPERTS):
+            own = routing.chosen[:, index] & counts.flatten()
+            expected = inputs[own] * routing.weights[own, index, None]
+            rows = shown[f"expert {index} input"]
+            if least_per_input:
+                assert len(rows) == min(max(128, int(own.sum())), int(counts.sum()))
+            else:
+                torch.testing.assert_close(rows, expected)
+
+
 def test_both_models_of_a_walk_end_where_they_would_alone(
     qwen2: Path, hidden_states: HiddenStates
 ) -> None:
@@ -209,7 +232,7 @@ def test_a_limit_treats_all_experts_of_a_block_alike(
     options = replace(tiny_options, method=Method.GPTQ, group_size=None, avg_bits=5.0)
     mixer = Mixer(decoder, options, make_plan(decoder, options))
     windows = torch.randint(3, 512, (4, 32), generator=torch.Generator().manual_seed(3))
-    estimates = mixer.measure(windows, ignore_progress)
+    estimates = mixer.measure(windows_of_text(windows), ignore_progress)
     assert all(kl >= 0 for kls in estimates.values() for kl in kls)
     assert {key for key in estimates if key[0] == 1} == {
         (1, name)

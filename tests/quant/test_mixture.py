@@ -22,6 +22,7 @@ from qserve.quant.plan import Plan, make_plan
 from qserve.quant.report import QuantizationReport
 from qserve.quant.stored_size import PackedSizes
 from qserve.quant.target import Target
+from qserve.quant.windows import windows_of_text
 
 WINDOWS = torch.randint(3, 512, (4, 32), generator=torch.Generator().manual_seed(3))
 NUM_WEIGHTS = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
@@ -31,7 +32,7 @@ def mixed(folder: Path, **options: Any) -> Plan:
     chosen = QuantizeOptions(**({"method": Method.GPTQ} | options))
     decoder = Decoder(Checkpoint(folder))
     mixer = Mixer(decoder, chosen, make_plan(decoder, chosen))
-    return mixer.plan(mixer.measure(WINDOWS, lambda _: None))
+    return mixer.plan(mixer.measure(windows_of_text(WINDOWS), lambda _: None))
 
 
 def bits_of(report: QuantizationReport) -> float:

@@ -114,9 +114,9 @@ def test_packed_weights_are_those_the_model_was_calibrated_with_bit_for_bit(
     decoder: Decoder, tiny_options: QuantizeOptions, result: Result
 ) -> None:
     written = Decoder(Checkpoint(result.out))
-    calibration = gather_calibration(decoder, tiny_options)
-    hidden = as_stored(decoder.embed(calibration.token_ids))
-    stored_hidden = written.embed(calibration.token_ids)
+    token_ids = gather_calibration(decoder, tiny_options).windows.token_ids
+    hidden = as_stored(decoder.embed(token_ids))
+    stored_hidden = written.embed(token_ids)
     plan, profile = make_plan(decoder, tiny_options), profile_of(tiny_options)
     quantizer = CalibratedQuantizer(hidden, plan, profile, exact=hidden.clone())
     for index in range(decoder.num_blocks):

@@ -57,7 +57,7 @@ quantize:
    act_order: true, head: int8, {limit},
    overrides: [{layers: up_proj, bits: 8}], ignore: [down_proj], kv_cache: int8,
    tune: {steps: 3}, max_shard_size: 1GB}
-calibration: {text: self, samples: 8, seq_len: 64}
+calibration: {text: "hub:owner/chats:train", assistant_only: true, samples: 8, seq_len: 64}
 evaluate: {}
 output: {folder: out}
 """

@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from qserve.cli.resumption import telling_what_is_kept
+from qserve.quant import run_state
 from qserve.quant.errors import CheckpointError, OutputError
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import Method, QuantizeOptions
-from qserve.quant.output import Discarded, kept_work, publish_resumable
+from qserve.quant.output import Discarded, has_other_work, kept_work, publish_resumable
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import Progress
 from qserve.quant.report import FILE_NAME
@@ -174,6 +176,29 @@ def test_the_key_changes_with_model_options_calibration_text_and_threads(
     torch.set_num_threads(1)
     assert len(set(keys)) == len(keys)
     assert run_key(Checkpoint(tiny_llama), options) == keys[3]
+
+
+def test_what_another_build_has_left_is_not_gone_on_with_and_that_is_said(
+    deep_llama: Path,
+    tiny_options: QuantizeOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(deep_llama, out, tiny_options, stop=(2, KeyboardInterrupt()))
+    (kept,) = tmp_path.rglob("calibration.json")
+    kept.write_text(json.dumps({"token_ids": [[1, 2]], "form": "of another build"}))
+    same = run_key(Checkpoint(deep_llama), tiny_options)
+    assert kept_work(out, same) is not None and not has_other_work(out, same)
+    monkeypatch.setattr(run_state, "_code_hash", lambda: "of this build")
+    key = run_key(Checkpoint(deep_llama), tiny_options)
+    assert has_other_work(out, key)
+    with telling_what_is_kept(out, key, restart=False):
+        assert run(deep_llama, out, tiny_options) == [1, 2, 3]
+    assert "beginning anew" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("error", [CheckpointError("damaged"), Discarded()])

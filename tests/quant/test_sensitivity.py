@@ -8,6 +8,7 @@ from qserve.quant.decoder import Decoder
 from qserve.quant.grid import LevelSet, Zero, grid_over_all, rounding_difference
 from qserve.quant.sensitivity import measure_sensitivity
 from qserve.quant.target import StageSpec
+from qserve.quant.windows import Windows, windows_of_text
 
 WINDOWS = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(3))
 SPECS = [
@@ -35,7 +36,10 @@ def test_estimates_are_near_the_divergence_that_is_measured(decoder: Decoder) ->
     keys = [(i, stage.name) for i in range(2) for stage in decoder.skeleton(i).stages]
     steps: list[int] = []
     found = measure_sensitivity(
-        decoder, WINDOWS, {key: SPECS for key in keys}, lambda step: steps.append(step.done)
+        decoder,
+        windows_of_text(WINDOWS),
+        {key: SPECS for key in keys},
+        lambda step: steps.append(step.done),
     )
     assert steps == [1, 2, 3, 4]
     base = log_probs(decoder, None, SPECS[0])
@@ -51,7 +55,32 @@ def test_the_same_windows_give_the_same_estimates_and_others_are_not_asked_for(
 ) -> None:
     wanted = {(1, "mlp output"): SPECS[:1]}
     first, second = (
-        measure_sensitivity(decoder, WINDOWS, wanted, lambda _: None) for _ in range(2)
+        measure_sensitivity(decoder, windows_of_text(WINDOWS), wanted, lambda _: None)
+        for _ in range(2)
     )
     assert first == second
     assert first.keys() == wanted.keys()
+
+
+def test_positions_that_do_not_count_change_nothing(decoder: Decoder) -> None:
+    counts = torch.arange(WINDOWS.shape[1]).expand(len(WINDOWS), -1) < 20
+    others = torch.where(counts, WINDOWS, WINDOWS.flip(1))
+    wanted = {(0, "mlp input"): SPECS[:1]}
+    first, second, whole = (
+        measure_sensitivity(decoder, windows, wanted, lambda _: None)
+        for windows in (Windows(WINDOWS, counts), Windows(others, counts), windows_of_text(WINDOWS))
+    )
+    assert first == second != whole
+
+
+def test_the_pieces_in_which_most_counts_are_looked_at(decoder: Decoder) -> None:
+    ids = torch.randint(3, 512, (2, 300), generator=torch.Generator().manual_seed(5))
+    counts = torch.zeros_like(ids, dtype=torch.bool)
+    counts[:, 140:150] = True
+    wanted = {(0, "mlp input"): SPECS[:1]}
+    piece = Windows(ids[:, 128:256], counts[:, 128:256])
+    first, second = (
+        measure_sensitivity(decoder, windows, wanted, lambda _: None)
+        for windows in (Windows(ids, counts), piece)
+    )
+    assert first == second

@@ -29,6 +29,7 @@ from qserve.quant.tuning import session
 from qserve.quant.tuning.divergence import Divergence
 from qserve.quant.tuning.tuned_decoder import TunedDecoder
 from qserve.quant.tuning.windows import MAX_HELD_BACK, TuningWindows, gather_windows
+from qserve.quant.windows import Windows
 
 MakeLlama = Callable[..., Path]
 SCALES = ("scales", "weight_scale", "absmax", "nested_absmax", "SCB")
@@ -96,7 +97,9 @@ def test_what_the_report_says_is_what_the_file_gives(
     folder = shutil.copytree(packed, tmp_path / "tuned")
     report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=3))
     base, tuned = Decoder(Checkpoint(tiny_llama)), Decoder(Checkpoint(folder))
-    expected, hidden = (final_hidden(d, windows.held_back, lambda: None) for d in (base, tuned))
+    expected, hidden = (
+        final_hidden(d, windows.held_back.token_ids, lambda: None) for d in (base, tuned)
+    )
     measured = Divergence(base.head(), tuned.head(), torch.float32).mean(expected, hidden)
     assert measured == pytest.approx(report.kl_after, rel=1e-6)
 
@@ -190,12 +193,12 @@ def test_every_format_keeps_its_codes(
 
 
 def gradients(
-    packed: Path, source: Path, windows: torch.Tensor
+    packed: Path, source: Path, windows: Windows
 ) -> tuple[dict[str, torch.Tensor], Callable[[dict[str, torch.Tensor]], float]]:
     """The gradient of the divergence by ``learn``, and the divergence as a function of a state."""
     tuned, base = TunedDecoder(Checkpoint(packed), torch.float32), Decoder(Checkpoint(source))
     divergence = Divergence(base.head(), tuned.head(), torch.float32)
-    target = final_hidden(base, windows, lambda: None)
+    target = final_hidden(base, windows.token_ids, lambda: None)
     start = tuned.unmoved()
 
     def measure(state: dict[str, torch.Tensor]) -> float:
@@ -255,10 +258,10 @@ def test_windows_to_tune_on_are_those_that_quantization_leaves(
     tiny_llama: Path, options: QuantizeOptions
 ) -> None:
     found = gather_windows(Checkpoint(tiny_llama), options)
-    assert found.learned.shape[1] == found.held_back.shape[1] == LENGTH
+    assert found.learned.token_ids.shape[1] == found.held_back.token_ids.shape[1] == LENGTH
     assert len(found.held_back) == MAX_HELD_BACK
-    taken = gather_calibration(Decoder(Checkpoint(tiny_llama)), options).token_ids
-    for window in (found.learned[0], found.held_back[-1]):
+    taken = gather_calibration(Decoder(Checkpoint(tiny_llama)), options).windows.token_ids
+    for window in (found.learned.token_ids[0], found.held_back.token_ids[-1]):
         assert not any(torch.equal(window, other) for other in taken)
 
 
@@ -277,3 +280,17 @@ def test_tuning_needs_an_end() -> None:
     for wrong in ({"minutes": 0.0}, {"minutes": -1.0}, {"steps": 0}):
         with pytest.raises(OptionError, match="expected"):
             TuneOptions(**wrong)
+
+
+def test_only_what_counts_is_learned_from(
+    packed: Path, tiny_llama: Path, windows: TuningWindows
+) -> None:
+    some = windows.learned[:2]
+    counts = torch.arange(LENGTH).expand(2, -1) < LENGTH // 2
+    others = torch.where(counts, some.token_ids, some.token_ids.flip(1))
+    first, second, whole = (
+        gradients(packed, tiny_llama, one)[0]["model.layers.0.mlp.up_proj"]
+        for one in (Windows(some.token_ids, counts), Windows(others, counts), some)
+    )
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, whole)
