@@ -42,8 +42,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "awq": {},
     "awq, 64 windows": {"num_samples": 64},
     "gptq": {"method": Method.GPTQ},
+    "gptq-plain": {"method": Method.GPTQ, "effort": Effort.PLAIN},
+    "gptq, act-order": {"method": Method.GPTQ, "activation_order": True},
     "gptq, 3 bits": {"method": Method.GPTQ, "bits": 3},
     "nf4": {"method": Method.NF4},
+    "qoq": {"method": Method.QOQ},
     "int8": {"method": Method.INT8, "group_size": None},
     "smoothquant": {"method": Method.SMOOTHQUANT, "group_size": None},
 }
@@ -75,12 +78,11 @@ def main() -> None:
         made = (
             judge_given(args) if args.judge else make_all(source, args.keep or Path(folder), args)
         )
-        rows = []
         for out, described in made:
-            rows.append({"model": Path(model).stem} | described | judge(source, out, args))
-            print(rows[-1], flush=True)
-    if not args.no_rows:
-        append_rows(TABLE, [{**stamp(), **row} for row in rows])
+            row = {"model": Path(model).stem} | described | judge(source, out, args)
+            print(row, flush=True)
+            if not args.no_rows:
+                append_rows(TABLE, [{**stamp(), **row}])
 
 
 def judge_given(args: argparse.Namespace) -> Iterator[tuple[Path, Row]]:

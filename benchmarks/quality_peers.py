@@ -181,10 +181,10 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    # On two cores GPTQModel refuses to be imported unless it is told how many to use.
-    os.environ.update(
-        HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", GPTQMODEL_CPU_WORKERS=str(args.threads)
-    )
+    # On two cores GPTQModel refuses to be imported unless it is told how many workers to use, and
+    # with fewer than two it refuses to load a model. How many threads a product takes is torch's.
+    workers = str(max(args.threads, 2))
+    os.environ.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", GPTQMODEL_CPU_WORKERS=workers)
     import_module("torch").set_num_threads(args.threads)
     windows = read_windows(args.model, args.text, args.samples, args.seq_len)
     quantize, save = TOOLS[args.tool](args, windows)
