@@ -86,7 +86,11 @@ class ExpertMixture(nn.Module):
         return experts if self.shared_expert is None else [*experts, self.shared_expert]
 
     def route(self, x: torch.Tensor) -> Routing:
-        """Where the tokens ``[T, hidden_size]`` go."""
+        """Where the tokens ``[T, hidden_size]`` go, by arithmetic in float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self._route(x.float())
+
+    def _route(self, x: torch.Tensor) -> Routing:
         weights = self.gate(x).softmax(-1)
         best, ids = weights.topk(self.top_k, dim=-1)
         chosen = torch.zeros_like(weights, dtype=torch.bool).scatter_(1, ids, True)
@@ -105,8 +109,8 @@ class ExpertMixture(nn.Module):
         output = torch.zeros_like(rows)
         for index, expert in enumerate(self.members):
             tokens = routing.tokens_of(index)
-            weights = routing.weights[tokens, index, None]
-            output = output.index_add(0, tokens, weights * expert(rows[tokens]))
+            weighted = routing.weights[tokens, index, None] * expert(rows[tokens])
+            output = output.index_add(0, tokens, weighted)
         return output.view_as(x)
 
 

@@ -18,7 +18,7 @@ from qserve.quant.estimate import estimate
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.mixture import Mixer
-from qserve.quant.options import Effort, Method, QuantizeOptions
+from qserve.quant.options import Effort, Method, QuantizeOptions, TuneOptions
 from qserve.quant.overrides import parse_override
 from qserve.quant.pipeline import quantize
 from qserve.quant.plan import Plan, block_name, make_plan
@@ -203,7 +203,8 @@ def test_each_expert_is_stored_on_its_own_under_the_names_of_the_source(
 ) -> None:
     source = Checkpoint(mixtral)
     told: list[Progress] = []
-    report = quantize(source, tmp_path, replace(tiny_options, output=output), told.append)
+    options = replace(tiny_options, output=output, effort=Effort.FAST, num_samples=6)
+    report = quantize(source, tmp_path, options, told.append)
     result = Checkpoint(tmp_path)
     packed = {name for name in result.modules if result.describe(name) is not None}
     experts = {
@@ -278,3 +279,12 @@ def test_experts_left_alone_are_named_as_engines_ask_for_them(
         assert any(rule.match(name) for rule in left), name
     for name in ("model.layers.0.block_sparse_moe.experts", "model.layers.1.self_attn.qkv_proj"):
         assert not any(rule.match(name) for rule in left), name
+
+
+def test_the_scales_of_experts_learn(
+    qwen2: Path, tiny_options: QuantizeOptions, tmp_path: Path
+) -> None:
+    options = replace(tiny_options, effort=Effort.FAST, num_samples=4, tune=TuneOptions(steps=4))
+    report = quantize(Checkpoint(qwen2), tmp_path, options, ignore_progress)
+    assert report.tuning is not None and report.tuning.kept_step > 0
+    assert report.tuning.kl_after < report.tuning.kl_before

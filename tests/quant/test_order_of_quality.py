@@ -1,4 +1,4 @@
-"""All methods on models with outlier channels, of two other families than the demo model's: the
+"""All methods on models with outlier channels, of three other families than the demo model's: the
 order of their quality is the one that the documentation claims."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma2ForCausalLM, Qwen2ForCausalLM
+from transformers import Gemma2ForCausalLM, Qwen2ForCausalLM, Qwen2MoeForCausalLM
 
 from qserve.quant.evaluate import evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
@@ -28,6 +28,18 @@ OUTLIERS = 4
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_class": Qwen2ForCausalLM, "rms_norm_eps": 1e-6},
     "gemma2": {"model_class": Gemma2ForCausalLM, "query_pre_attn_scalar": 32},
+    "experts": {
+        "model_class": Qwen2MoeForCausalLM,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+    },
+}
+NORMS = {
+    "qwen2": ("input_layernorm.weight",),
+    "gemma2": ("input_layernorm.weight", "feedforward_layernorm.weight"),
+    "experts": ("input_layernorm.weight", "post_attention_layernorm.weight"),
 }
 FOUR_BITS = (Method.AWQ, Method.GPTQ, Method.INT4, Method.NF4, Method.FP4, Method.HQQ, Method.RTN)
 
@@ -45,7 +57,7 @@ def folder(request: pytest.FixtureRequest, make_tiny_llama: MakeLlama) -> Path:
     for name, tensor in state.items():
         if name.endswith("bias"):
             state[name] = 0.5 * torch.randn(tensor.shape, generator=draw).bfloat16()
-        elif name.endswith(("input_layernorm.weight", "feedforward_layernorm.weight")):
+        elif name.endswith(NORMS[request.param]):
             factor = (0.5 * torch.randn(tensor.shape, generator=draw)).exp() / 2
             factor[torch.randperm(len(factor), generator=draw)[:OUTLIERS]] *= 20
             state[name] = (factor - offset).bfloat16()
