@@ -84,7 +84,8 @@ void run_tiles(const Job& job, int64_t num_panels, void (*kernel)(const Job&, co
   const int64_t together = num_panels >= panels_together(job) * wanted ? panels_together(job) : 1;
   const int64_t panels_per_task = round_up(divide_up(num_panels, wanted), together);
   const int64_t panel_tasks = divide_up(num_panels, panels_per_task);
-  run_tasks(row_tasks * panel_tasks, [&](int64_t task) {
+  // By value: another thread gets all of it at once, and not one address after the other.
+  run_tasks(row_tasks * panel_tasks, [=](int64_t task) {
     const int64_t row = task / panel_tasks * kRowsPerTask, slot = task % panel_tasks, panel = slot * panels_per_task;
     const TileRange range{row, std::min(row + kRowsPerTask, job.rows), panel, std::min(panel + panels_per_task, num_panels)};
     run_tile(job, range, kernel, sink, slot);

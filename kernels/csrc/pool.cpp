@@ -30,39 +30,56 @@ void pause() {
 #endif
 }
 
-// What is left of a thread's share of a call, in one word: 24 bits that count calls, 20 bits for the end, 20 for the next task.
-// A task is claimed by exchanging the word for its successor, which fails once another thread has claimed one or the call is
-// over: a late thread can neither take a task twice nor touch the next call with what it knows of the last.
+// Between two processors a line of memory takes a fifth of a microsecond, a call of a decode step is worth five: what a thread has
+// to know comes in one line, and what it writes stays in lines of its own until somebody asks for them.
+
 constexpr int kTaskBits = 20;
 constexpr int64_t kMaxTasks = (int64_t{1} << kTaskBits) - 1;
 
+// A call by its number, of which a word has room for 24 bits.
+uint64_t numbered(uint64_t call, uint64_t rest) { return (call << (2 * kTaskBits)) | rest; }
+uint64_t call_of(uint64_t word) { return word >> (2 * kTaskBits); }
+int64_t count_of(uint64_t word) { return int64_t(word) & kMaxTasks; }
+
+// The call in progress, or the last one.
+struct alignas(64) Call {
+  std::atomic<uint64_t> word{0};  // number and tasks; written last
+  void (*task)(void*, int64_t) = nullptr;
+  void* context = nullptr;
+};
+
+struct TaskRange {
+  int64_t begin, end;
+};
+
+// What is left of a thread's share of a call. A task is claimed by exchanging the word for its successor, which fails once another
+// thread has claimed one. Whoever claims the first one of a call finds the word of an earlier call, and begins the new.
 class alignas(64) Share {
  public:
-  void set(uint64_t call, int64_t begin, int64_t end) {
-    word_.store((call << (2 * kTaskBits)) | (uint64_t(end) << kTaskBits) | uint64_t(begin));
-  }
-
-  bool has_task() const {
-    const uint64_t word = word_.load();
-    return next(word) < end(word);
-  }
-
-  // A task from one of the ends, or -1 if none is left. The owner takes the first, so that memory passes by in one stream; who has
-  // nothing left of its own takes the last.
-  int64_t claim(bool is_owner) {
+  // A task of the call `seen`, or -1 if there is none. The owner takes them from the front, so that memory passes by in one stream;
+  // who has nothing left of its own takes them from the end.
+  int64_t claim(const Call& call, uint64_t seen, TaskRange whole, bool is_owner) {
     uint64_t word = word_.load(std::memory_order_acquire);
-    while (next(word) < end(word)) {
-      const uint64_t rest = is_owner ? word + 1 : word - (uint64_t{1} << kTaskBits);
-      if (word_.compare_exchange_weak(word, rest, std::memory_order_acq_rel)) return is_owner ? next(word) : end(word) - 1;
+    for (;;) {
+      const bool is_begun = call_of(word) == call_of(seen);
+      // A call that is over had all its tasks claimed, so a late thread fails here or in the exchange.
+      if (!is_begun && call.word.load(std::memory_order_acquire) != seen) return -1;
+      const TaskRange left = is_begun ? TaskRange{int64_t(word >> kTaskBits) & kMaxTasks, int64_t(word) & kMaxTasks} : whole;
+      if (left.begin >= left.end) return -1;
+      const TaskRange rest{left.begin + is_owner, left.end - !is_owner};
+      const uint64_t successor = numbered(call_of(seen), (uint64_t(rest.begin) << kTaskBits) | uint64_t(rest.end));
+      if (word_.compare_exchange_weak(word, successor, std::memory_order_acq_rel, std::memory_order_acquire))
+        return is_owner ? left.begin : rest.end;
     }
-    return -1;
   }
 
  private:
-  static int64_t next(uint64_t word) { return int64_t(word) & kMaxTasks; }
-  static int64_t end(uint64_t word) { return int64_t(word >> kTaskBits) & kMaxTasks; }
-
   std::atomic<uint64_t> word_{0};
+};
+
+// What a thread has done: the last call in which it had tasks, and how many.
+struct alignas(64) Done {
+  std::atomic<uint64_t> word{0};
 };
 
 class Pool {
@@ -84,59 +101,66 @@ class Pool {
       return;
     }
     if (workers_.empty()) start_workers();
-    task_ = task;
-    context_ = context;
-    done_.store(0, std::memory_order_relaxed);
-    ++call_;
-    for (int i = 0; i < threads(); ++i) shares_[i].set(call_, first_task(i, count), first_task(i + 1, count));
-    if (sleepers_.load() > 0) wake();
-    run_some(0);
-    wait_for(count);
+    call_.task = task;
+    call_.context = context;
+    const uint64_t word = numbered(call_of(call_.word.load(std::memory_order_relaxed)) + 1, uint64_t(count));
+    call_.word.store(word, std::memory_order_release);
+    if (sleepers_.load(std::memory_order_relaxed) > 0) wake();  // one that is just falling asleep misses this call, and no more
+    wait_for(count - run_some(0, word), word);
   }
 
  private:
-  // Where the share of a thread begins; all are of one size, give or take a task.
-  int64_t first_task(int64_t thread, int64_t count) const { return (thread * count + threads() - 1) / threads(); }
-
-  // Runs tasks of the call in progress until none is left, those of its own share first. Returns whether there was one.
-  bool run_some(int thread) {
-    int64_t count = 0;
-    for (int i = 0; i < threads(); ++i) {
-      Share& share = shares_[(thread + i) % threads()];
-      for (int64_t task; (task = share.claim(i == 0)) >= 0; ++count) task_(context_, task);
-    }
-    if (count > 0) done_.fetch_add(count, std::memory_order_release);
-    return count > 0;
+  // All shares are of one size, give or take a task.
+  TaskRange share_of(int thread, int64_t count) const {
+    const int64_t num = threads();
+    return {(thread * count + num - 1) / num, ((thread + 1) * count + num - 1) / num};
   }
 
-  void wait_for(int64_t count) {
-    for (int looks = 0; done_.load(std::memory_order_acquire) != count; ++looks) {
+  // Runs tasks of the call `seen` until none is left, those of its own share first. Returns how many.
+  int64_t run_some(int thread, uint64_t seen) {
+    int64_t count = 0;
+    for (int i = 0; i < threads(); ++i) {
+      const int owner = (thread + i) % threads();
+      const TaskRange whole = share_of(owner, count_of(seen));
+      for (int64_t task; (task = shares_[owner].claim(call_, seen, whole, i == 0)) >= 0; ++count) call_.task(call_.context, task);
+    }
+    return count;
+  }
+
+  // Waits until the workers have done `count` tasks of the call.
+  void wait_for(int64_t count, uint64_t call) const {
+    for (int looks = 0;; ++looks) {
+      int64_t done = 0;
+      for (const Done& worker : done_) {
+        const uint64_t word = worker.word.load(std::memory_order_acquire);
+        if (call_of(word) == call_of(call)) done += count_of(word);
+      }
+      if (done == count) return;
       pause();
       if (looks > 4096) std::this_thread::yield();  // the last task is on a thread that the system has put aside
     }
   }
 
-  void work(int thread) {
+  // seen: the last call before this worker, which is over.
+  void work(int thread, uint64_t seen) {
     using Clock = std::chrono::steady_clock;
-    const Share& share = shares_[thread];
+    const auto is_new = [&] { return call_.word.load(std::memory_order_acquire) != seen; };
     Clock::time_point idle_since = Clock::now();
     while (!stopping_.load(std::memory_order_relaxed)) {
-      for (int i = 0; i < kPausesPerLook && !share.has_task(); ++i) pause();
-      if (share.has_task() && run_some(thread)) {
+      for (int i = 0; i < kPausesPerLook && !is_new(); ++i) pause();
+      if (is_new()) {
+        seen = call_.word.load(std::memory_order_acquire);
+        const int64_t count = run_some(thread, seen);
+        if (count > 0) done_[thread].word.store(numbered(call_of(seen), uint64_t(count)), std::memory_order_release);
         idle_since = Clock::now();
       } else if (Clock::now() - idle_since > kSpin) {
-        sleep(share);
+        std::unique_lock lock(sleep_);
+        sleepers_.fetch_add(1);
+        awake_.wait(lock, [&] { return is_new() || stopping_.load(); });
+        sleepers_.fetch_sub(1);
         idle_since = Clock::now();
       }
     }
-  }
-
-  // A caller that does not see the sleeper has published its call before the sleeper looks, and the other way round.
-  void sleep(const Share& share) {
-    std::unique_lock lock(sleep_);
-    sleepers_.fetch_add(1);
-    awake_.wait(lock, [&] { return share.has_task() || stopping_.load(); });
-    sleepers_.fetch_sub(1);
   }
 
   void wake() {
@@ -147,7 +171,9 @@ class Pool {
   void start_workers() {
     stopping_.store(false);
     shares_ = std::vector<Share>(threads());
-    for (int i = 1; i < threads(); ++i) workers_.emplace_back([this, i] { work(i); });
+    done_ = std::vector<Done>(threads());
+    const uint64_t seen = call_.word.load(std::memory_order_relaxed);
+    for (int i = 1; i < threads(); ++i) workers_.emplace_back([this, i, seen] { work(i, seen); });
   }
 
   void stop_workers() {
@@ -160,15 +186,13 @@ class Pool {
   std::mutex calls_;
   std::vector<std::thread> workers_;
   std::vector<Share> shares_;
+  std::vector<Done> done_;
   std::atomic<int> threads_;
-  uint64_t call_ = 0;
-  void (*task_)(void*, int64_t) = nullptr;
-  void* context_ = nullptr;
-  alignas(64) std::atomic<int64_t> done_{0};
-  alignas(64) std::atomic<int> sleepers_{0};
+  std::atomic<int> sleepers_{0};
   std::atomic<bool> stopping_{false};
   std::mutex sleep_;
   std::condition_variable awake_;
+  Call call_;
 };
 
 Pool* current = nullptr;  // never freed: workers may outlive static objects at exit
