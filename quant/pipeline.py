@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qserve.quant import rtn
-from qserve.quant.allocation import return_large_pieces
+from qserve.quant.allocation import return_freed, return_large_pieces
 from qserve.quant.block_result import BlockResult
 from qserve.quant.cache_scales import blank_scales, find_scales
 from qserve.quant.calibrated import CalibratedQuantizer
@@ -205,6 +205,7 @@ class _Run:
         block = self._decoder.block(index, length)
         result = self._quantize_block(block)
         block.release_(result.weights)
+        return_freed()
         record = self._write_block(block, result)
         return self._state.commit(index, record, self._hidden)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
+from qserve.quant.allocation import return_freed
 from qserve.quant.architecture import Stage
 from qserve.quant.decoder import Block
 from qserve.quant.expert_walk import ExpertWalk
@@ -60,6 +61,7 @@ def walk_(
             (first, _see_normed(block, first, output, hidden, exact, kept)),
             (output, _see_mixed(block, first, output, hidden, exact, kept)),
         ):
+            return_freed()
             yield stage, _counting(windows, counts)
             for _ in windows:
                 pass  # what the caller did not look at is computed all the same

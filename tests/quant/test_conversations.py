@@ -28,6 +28,12 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}"
 )
+LAST_THINKS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ '<think></think>' if loop.last and message['role'] == 'assistant' else '' }}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SHORTENING = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"
     "{{ message['content'] if loop.last else message['content'][:3] }}{% endfor %}"
@@ -115,6 +121,15 @@ def test_a_template_may_mark_what_the_assistant_says(
     found = gather_calibration(Decoder(Checkpoint(model)), options)
     assert set(counted_text(model, found)) == {"A boat.It belongs to the men on the quay."}
     assert found.report.num_counted_tokens < found.report.num_taken_tokens / 2
+
+
+def test_an_answer_that_is_written_in_another_way_when_it_is_the_last_counts_without_its_end(
+    options: QuantizeOptions, tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = changed_model(tiny_llama, tmp_path / "model", LAST_THINKS)
+    found = gather_calibration(Decoder(Checkpoint(model)), options)
+    said = "A boat.<think></think>It belongs to the men on the quay.<|im_end|>\n"
+    assert set(counted_text(model, found)) == {said}
 
 
 @pytest.mark.parametrize(

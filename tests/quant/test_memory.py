@@ -22,7 +22,7 @@ MIB = 2**20
 ALLOWED = 700 * MIB
 MODEL_BYTES = 2048 * MIB
 SHARD_BYTES = 512 * MIB
-HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCABULARY, BLOCKS = 1024, 2048, 8, 128, 241_664, 4
+HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCABULARY, BLOCKS = 2048, 2560, 16, 128, 99_328, 4
 
 
 def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -48,7 +48,7 @@ def tensors() -> Iterator[tuple[str, torch.Tensor]]:
 
 @pytest.fixture(scope="module")
 def large_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four blocks of 40 MiB between tables that make up 2 GiB with them."""
+    """Four blocks of 124 MiB between tables that make up 2 GiB with them."""
     folder = tmp_path_factory.mktemp("large") / "model"
     config = LlamaConfig(
         vocab_size=VOCABULARY,
