@@ -39,7 +39,6 @@ class Expert(nn.Module):
     def __init__(self, hidden_size: int, inner_size: int, names: ExpertNames, act: str) -> None:
         super().__init__()
         self.in_features, self.inner_features = hidden_size, inner_size
-        self.in_features, self.inner_features = hidden_size, inner_size
         self._names = names
         self._activation = ACT2FN[act]
         self.add_module(names.gate, nn.Linear(hidden_size, inner_size, bias=False))
