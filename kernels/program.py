@@ -20,7 +20,7 @@ class Program:
 
     others: the operations of PyTorch that ran while recording, which is what ops do that have no
     native kernel for what they were given (see ``backend.choose``). They are not part of the
-    program: with any of them it is not what ``body`` does.
+    program: with any of them it is not what ``body`` does. result: what ``body`` returned.
     """
 
     def __init__(self, body: Callable[[], object]) -> None:
@@ -35,7 +35,7 @@ class Program:
         observer = _Observer()
         try:
             with observer:
-                body()
+                self.result: Any = body()
         finally:
             self._native.end()
         self.others = frozenset(observer.names)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +25,13 @@ from qserve.serve.messages import (
     TokenLogprobs,
 )
 from qserve.serve.model_runner import ModelRunner, read_eos_token_ids
-from qserve.serve.sampler import BatchSampler, SamplingError, TokenSampler
+from qserve.serve.sampler import (
+    BatchSampler,
+    Draw,
+    SamplingError,
+    TokenSampler,
+    finish_draw,
+)
 from qserve.serve.scheduler import Chunk, Scheduler
 from qserve.serve.sequence import Sequence
 
@@ -42,6 +50,13 @@ class Runner(Protocol):
 
         Returns logits ``[num_sampling_chunks, vocab_size]``, a row for each chunk that samples, in
         order; the caller may overwrite them until the next call.
+        """
+
+    def run_greedy(self, chunks: Items[Chunk]) -> NDArray[np.int64]:
+        """Compute the chunks and store their keys and values.
+
+        Returns the token with the largest logit, of equals the first, of each chunk that samples;
+        ``NO_TOKEN`` where that logit is not finite.
         """
 
 
@@ -129,13 +144,14 @@ class Engine:
             return []
         chunks = self._scheduler.schedule()
         assert chunks, "unfinished requests, but none is scheduled"
+        samplers = [self._samplers[c.sequence.request_id] for c in chunks if c.samples]
         try:
-            logits = self._runner.run(chunks)
+            draw = self._compute(chunks, samplers)
         except Exception as error:
             logger.exception("a step with %d requests failed", len(chunks))
             return [self._fail(chunk.sequence, error) for chunk in chunks]
         sequences = [chunk.sequence for chunk in advance(chunks)]
-        return self._sample(sequences, logits) if sequences else []
+        return self._sample(sequences, draw) if sequences else []
 
     def fail_all(self, error: Exception) -> list[Output]:
         """Give up on every unfinished request."""
@@ -153,11 +169,19 @@ class Engine:
             generation_tokens=self._num_generation_tokens,
         )
 
-    def _sample(self, sequences: Items[Sequence], logits: NDArray[np.float32]) -> list[Output]:
+    def _compute(
+        self, chunks: Items[Chunk], samplers: list[TokenSampler]
+    ) -> Callable[[], list[Draw]]:
+        """Run the model; returns what draws the next tokens, in the order of ``samplers``."""
+        if samplers and all(sampler.is_greedy for sampler in samplers):
+            tokens = self._runner.run_greedy(chunks).tolist()
+            return lambda: [*map(finish_draw, samplers, tokens)]
+        return partial(self._batch_sampler.draw, samplers, self._runner.run(chunks))
+
+    def _sample(self, sequences: Items[Sequence], draw: Callable[[], list[Draw]]) -> list[Output]:
         """Draw the next token of each sequence."""
-        samplers = [self._samplers[sequence.request_id] for sequence in sequences]
         try:
-            draws = self._batch_sampler.draw(samplers, logits)
+            draws = draw()
         except Exception as error:
             logger.exception("sampling failed for %d requests", len(sequences))
             return [self._fail(sequence, error) for sequence in sequences]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +28,14 @@ from qserve.serve.kv_cache_allocation import (
 )
 from qserve.serve.models.llama import LlamaModel
 from qserve.serve.models.registry import find_architecture
+from qserve.serve.sampler import NO_TOKEN
 from qserve.serve.scheduler import Chunk, Limits
 from qserve.serve.weights import WeightReader
 
 logger = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+"""What is asked of the head: logits, or the largest."""
 
 
 class ModelRunner:
@@ -63,7 +69,8 @@ class ModelRunner:
         weights.finish()
         self._caches = allocate_kv_cache(model_config, self.plan, self.kv_format)
         self._batches = BatchBuilder(self.limits, config.block_size)
-        self._programs: dict[int, Program] = {}  # by the number of sequences
+        # By the number of sequences, and what is asked of the head.
+        self._programs: dict[tuple[int, str], Program] = {}
         self._records_programs = native.available()
 
     @property
@@ -73,34 +80,48 @@ class ModelRunner:
 
     def run(self, chunks: Items[Chunk]) -> NDArray[np.float32]:
         """Compute the chunks; see ``engine.Runner``."""
+        return self._compute(chunks, self._model.logits).numpy()
+
+    def run_greedy(self, chunks: Items[Chunk]) -> NDArray[np.int64]:
+        """Compute the chunks; see ``engine.Runner``."""
+        if self._model.finds_largest:
+            found = self._compute(chunks, self._model.largest)
+            ids, values = (tensor.numpy() for tensor in found)
+        else:
+            logits = self.run(chunks)
+            ids = logits.argmax(axis=1)  # the first of equals, and of NaN
+            values = logits[np.arange(ids.size), ids]
+        return np.where(np.isfinite(values), ids, NO_TOKEN)
+
+    def _compute(self, chunks: Items[Chunk], head: Callable[[torch.Tensor], Found]) -> Found:
+        """What ``head`` makes of the last rows of the chunks that sample."""
         batch = self._batches.build(chunks)
         self._model.embed(batch.token_ids)
         is_decode = batch.token_ids.size(0) == batch.sample_rows.size(0)
         if is_decode and self._records_programs:
-            logits = self._run_program(batch)
-        else:
-            logits = self._model.compute(batch, self._caches)
-        return logits.numpy()
+            return self._run_program(batch, head)
+        return head(self._model.compute(batch, self._caches))
 
-    def _run_program(self, batch: Batch) -> torch.Tensor:
+    def _run_program(self, batch: Batch, head: Callable[[torch.Tensor], Found]) -> Found:
         """Compute a batch of one row a sequence as a recorded program.
 
         Such batches of one size differ only in what their arrays hold: the arrays, the buffers and
         the cache stay where they are.
         """
-        size = batch.token_ids.size(0)
-        program = self._programs.get(size)
+        key = batch.token_ids.size(0), head.__name__
+        program = self._programs.get(key)
         if program is None:
-            program = Program(lambda: self._model.compute(batch, self._caches))
+            program = Program(lambda: head(self._model.compute(batch, self._caches)))
             if program.others:
                 names = ", ".join(sorted(program.others))
                 logger.info("decode steps are not recorded: PyTorch computes %s", names)
                 self._records_programs = False
                 self._model.embed(batch.token_ids)  # what did run has overwritten it
-                return self._model.compute(batch, self._caches)
-            self._programs[size] = program
+                return head(self._model.compute(batch, self._caches))
+            self._programs[key] = program
         program.run()
-        return self._model.logits(size)
+        found: Found = program.result
+        return found
 
 
 def kv_format_of(checkpoint: Checkpoint) -> KvFormat:

@@ -19,6 +19,7 @@ Row = NDArray[np.float32]
 NEAR = 10.0  # natural logarithm: what is further below the highest is 20,000 times less likely
 UINT64 = (1 << 64) - 1
 NUM_SETTINGS = 6
+NO_TOKEN = -1  # of a row that cannot be sampled from
 
 
 class SamplingError(ServeError):
@@ -52,6 +53,12 @@ class TokenSampler:
         greedy = params.temperature < GREEDY_BELOW
         self._random = None if greedy else np.random.default_rng(seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the next draw is the largest logit as the model gives it, and nothing else is
+        asked of the logits."""
+        return self._random is None and self.num_logprobs is None and not len(self.adjustments)
+
     def next_uniform(self) -> float:
         """The random number of the next draw, in [0, 1)."""
         return 0.0 if self._random is None else self._random.random()
@@ -65,6 +72,10 @@ class TokenSampler:
                 self.adjustments.allow_ends()
 
 
+Draw = tuple[int, TokenLogprobs | None] | SamplingError
+"""A token, and its logprobs if they were asked for; or why there is none."""
+
+
 class BatchSampler:
     """Draws for all requests of a step at once.
 
@@ -75,9 +86,7 @@ class BatchSampler:
         self._samplers: list[TokenSampler] = []
         self._batch = build_batch(())
 
-    def draw(
-        self, samplers: list[TokenSampler], logits: NDArray[np.float32]
-    ) -> list[tuple[int, TokenLogprobs | None] | SamplingError]:
+    def draw(self, samplers: list[TokenSampler], logits: NDArray[np.float32]) -> list[Draw]:
         """The next token of each request, and its logprobs if they were asked for.
 
         logits: float32 ``[num_samplers, vocab_size]``, overwritten. A request has a
@@ -137,11 +146,9 @@ def join_adjustments(rows: Sequence[RequestAdjustments]) -> TokenAdjustments | N
     )
 
 
-def finish_draw(
-    sampler: TokenSampler, token: int, logprobs: Row | None
-) -> tuple[int, TokenLogprobs | None] | SamplingError:
-    """Note the drawn token, -1 for none, and pick the logprobs that were asked for."""
-    if token < 0:
+def finish_draw(sampler: TokenSampler, token: int, logprobs: Row | None = None) -> Draw:
+    """Note the drawn token, or ``NO_TOKEN``, and pick the logprobs that were asked for."""
+    if token == NO_TOKEN:
         return SamplingError("The model's output is not a number for this request: it overflowed.")
     sampler.note(token)
     if logprobs is None or sampler.num_logprobs is None:

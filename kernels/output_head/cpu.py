@@ -11,11 +11,15 @@ from qserve.kernels.packed_weight import NATIVE_NUMBERS
 
 
 def topk_head(
-    x: torch.Tensor, weight: NativeWeight, k: int, activations: Activations
+    x: torch.Tensor,
+    weight: NativeWeight,
+    k: int,
+    activations: Activations,
+    out: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and values ``[M, k]`` of the largest outputs of each row, largest first."""
     shape = (x.shape[0], k)
-    ids, values = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+    ids, values = out or (torch.empty(shape, dtype=torch.int64), torch.empty(shape))
     extension().find_largest(
         weight.product,
         x.data_ptr(),

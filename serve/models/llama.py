@@ -12,6 +12,7 @@ import torch
 from qserve.kernels.head_norm import head_norm
 from qserve.kernels.kv_cache import LayerCache
 from qserve.kernels.kv_store import rope_and_store, rope_table
+from qserve.kernels.output_head import argmax_head
 from qserve.kernels.paged_attention import Scoring, paged_attention
 from qserve.kernels.rms_norm import rms_norm
 from qserve.kernels.soft_cap import soft_cap
@@ -153,6 +154,8 @@ class LlamaModel:
         self._views: dict[int, Buffers] = {}
         self._samples = torch.empty(limits.max_num_seqs, config.hidden_size)
         self._logits = torch.empty(limits.max_num_seqs, config.vocab_size)
+        self._ids = torch.empty(limits.max_num_seqs, dtype=torch.int64)
+        self._values = torch.empty(limits.max_num_seqs)
 
     @property
     def weight_bytes(self) -> int:
@@ -170,8 +173,8 @@ class LlamaModel:
     def compute(self, batch: Batch, caches: list[LayerCache]) -> torch.Tensor:
         """Take an embedded batch through the layers and store its keys and values.
 
-        Returns float32 logits ``[num_samples, vocab_size]`` of ``batch.sample_rows``, valid until
-        the next call.
+        Returns the normed rows ``[num_samples, hidden_size]`` of ``batch.sample_rows``, for
+        ``logits`` or ``largest``, valid until the next call.
         """
         b = self._rows(batch.token_ids.size(0))
         eps, offset = self.config.rms_norm_eps, self.config.norm_offset
@@ -183,21 +186,35 @@ class LlamaModel:
             layer.forward(b, caches[i], self.rotations[i], batch)
         norm(b.update, self.norm, residual=b.residual)
         num_samples = batch.sample_rows.size(0)
-        logits = self._logits[:num_samples]
-        if not num_samples:
-            return logits
         samples = b.normed
         if num_samples < batch.token_ids.size(0):
             samples = self._samples[:num_samples]
             torch.index_select(b.normed, 0, batch.sample_rows, out=samples)
+        return samples
+
+    def logits(self, samples: torch.Tensor) -> torch.Tensor:
+        """Float32 ``[num_samples, vocab_size]``, valid until the next call."""
+        logits = self._logits[: samples.size(0)]
+        if not samples.size(0):
+            return logits
         self.head(samples, logits)
         if self.config.logit_soft_cap is not None:
             soft_cap(logits, self.config.logit_soft_cap, out=logits)
         return logits
 
-    def logits(self, num_samples: int) -> torch.Tensor:
-        """The logits that the last ``compute`` left: float32 ``[num_samples, vocab_size]``."""
-        return self._logits[:num_samples]
+    @property
+    def finds_largest(self) -> bool:
+        """Whether the head finds its largest logit while it computes them, see ``largest``; a cap
+        could make equals of two."""
+        whole = len(self.head.weights) == 1 and self.head.weights[0].native is not None
+        return whole and self.config.logit_soft_cap is None
+
+    def largest(self, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest of ``logits`` of each row, of which none is written: ids int64 and values
+        ``[num_samples]``, valid until the next call."""
+        (weight,) = self.head.weights
+        out = self._ids[: samples.size(0)], self._values[: samples.size(0)]
+        return argmax_head(samples, weight, activations=self.head.activations, out=out)
 
     def _allocate(self, num_tokens: int) -> Buffers:
         config = self.config

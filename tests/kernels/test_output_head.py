@@ -114,8 +114,20 @@ def test_one_step_of_a_code_shows_in_the_logit(generator: torch.Generator) -> No
     assert changed[1][0, place] < value[0]
 
 
+def test_what_is_found_is_written_where_it_is_wanted() -> None:
+    ids, values = torch.empty(1, dtype=torch.int64), torch.empty(1)
+    head = one_hot_head(torch.tensor([1.0, 4.0, 3.0]))
+    found = argmax_head(torch.eye(64)[:1], head, out=(ids, values))
+    assert (ids.tolist(), values.tolist()) == ([1], [4.0])
+    assert found[0].data_ptr() == ids.data_ptr() and found[1].data_ptr() == values.data_ptr()
+
+
 def test_arguments_that_do_not_fit_are_refused() -> None:
     head = dense_matmul.prepare(torch.ones(4, 8))
+    with pytest.raises(ValueError, match="expected contiguous"):
+        argmax_head(torch.zeros(1, 8), head, out=(torch.zeros(2).long(), torch.zeros(2)))
+    with pytest.raises(TypeError, match="expected torch.int64"):
+        argmax_head(torch.zeros(1, 8), head, out=(torch.zeros(1), torch.zeros(1)))
     for k in (0, 5):
         with pytest.raises(ValueError, match="expected 1 to 4"):
             topk_head(torch.zeros(1, 8), head, k)

@@ -16,6 +16,7 @@ from qserve.serve.block_manager import BlockManager
 from qserve.serve.engine import Engine, Output
 from qserve.serve.errors import BadRequest, ContextLengthExceeded
 from qserve.serve.messages import AddRequest, FinishReason, NewTokens, RequestFailed, SamplingParams
+from qserve.serve.sampler import NO_TOKEN
 from qserve.serve.scheduler import Chunk, Limits, Scheduler
 
 VOCAB_SIZE = 32
@@ -41,6 +42,11 @@ class CountingModel:
             if chunk.sequence.request_id in self.answers_nan_to:
                 logits[i] = np.nan
         return logits
+
+    def run_greedy(self, chunks: Items[Chunk]) -> NDArray[np.int64]:
+        logits = self.run(chunks)
+        ids = logits.argmax(axis=1)
+        return np.where(np.isfinite(logits[np.arange(ids.size), ids]), ids, NO_TOKEN)
 
 
 def make_engine(model: CountingModel | None = None, num_blocks: int = 64) -> Engine:

@@ -66,7 +66,7 @@ def test_a_request_that_fails_ends_the_measurement(
     def fail(self: ModelRunner, chunks: object) -> None:
         raise RuntimeError("broken on purpose")
 
-    monkeypatch.setattr(ModelRunner, "run", fail)
+    monkeypatch.setattr(ModelRunner, "run_greedy", fail)
     with pytest.raises(BenchmarkFailed, match="RuntimeError"):
         time_decode(engine, size=1, prompt_length=1, num_steps=1)
 

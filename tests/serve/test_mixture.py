@@ -187,7 +187,7 @@ def test_a_decode_step_of_mixtral_is_one_recorded_program(tmp_path: Path) -> Non
     generate(engine, PROMPTS)
     runner = engine._runner
     assert isinstance(runner, ModelRunner)
-    assert runner._records_programs and list(runner._programs) == [len(PROMPTS)]
+    assert runner._records_programs and list(runner._programs) == [(len(PROMPTS), "largest")]
 
 
 def test_what_a_token_reads_is_counted_by_the_experts_it_goes_to(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qserve.serve.block_manager import BlockManager
 from qserve.serve.config import EngineConfig
 from qserve.serve.messages import SamplingParams
 from qserve.serve.model_runner import ModelRunner, read_eos_token_ids
+from qserve.serve.sampler import NO_TOKEN
 from qserve.serve.scheduler import Chunk, Scheduler
 from qserve.serve.sequence import Sequence
 
@@ -32,8 +34,12 @@ def load(folder: Path) -> ModelRunner:
     return ModelRunner(Checkpoint(folder), EngineConfig(max_model_len=128, max_num_seqs=4))
 
 
-def decode(runner: ModelRunner, prompts: tuple[tuple[int, ...], ...]) -> list[NDArray[np.float32]]:
-    """The logits of every step, all prompts in one batch."""
+def decode(
+    runner: ModelRunner,
+    prompts: tuple[tuple[int, ...], ...],
+    compute: Callable[[list[Chunk]], NDArray[Any]] | None = None,
+) -> list[NDArray[Any]]:
+    """What ``compute`` gives in every step, all prompts in one batch: logits, or tokens."""
     blocks = BlockManager(runner.plan.num_blocks, runner.plan.block_size)
     scheduler = Scheduler(runner.limits, blocks)
     for i, prompt in enumerate(prompts):
@@ -41,16 +47,13 @@ def decode(runner: ModelRunner, prompts: tuple[tuple[int, ...], ...]) -> list[ND
     steps = []
     for _ in range(NUM_STEPS):
         chunks = scheduler.schedule()
-        logits = runner.run(chunks)
-        steps.append(logits.copy())
-        advance(chunks, logits)
+        found = (compute or runner.run)(chunks).copy()
+        steps.append(found)
+        tokens = found.argmax(axis=1) if found.ndim == 2 else found
+        for chunk, token in zip(chunks, tokens, strict=True):
+            chunk.sequence.num_computed = chunk.end
+            chunk.sequence.token_ids.append(int(token))
     return steps
-
-
-def advance(chunks: list[Chunk], logits: NDArray[np.float32]) -> None:
-    for chunk, row in zip(chunks, logits, strict=True):
-        chunk.sequence.num_computed = chunk.end
-        chunk.sequence.token_ids.append(int(row.argmax()))
 
 
 def count_recordings(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
@@ -79,6 +82,32 @@ def test_a_recorded_step_gives_the_logits_of_one_that_is_not(
     expected = [decode(eager, prompts) for prompts in (PROMPTS, PROMPTS[:1], PROMPTS)]
     assert len(recorded) == 2
     np.testing.assert_array_equal(np.concatenate(sum(found, [])), np.concatenate(sum(expected, [])))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 30.0])
+def test_greedy_tokens_are_those_of_the_largest_logits(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, soft_cap: float | None
+) -> None:
+    runner = load(tiny_llama)
+    capped = replace(runner._model.config, logit_soft_cap=soft_cap)
+    monkeypatch.setattr(runner._model, "config", capped)
+    assert runner._model.finds_largest == (soft_cap is None)
+    expected = [logits.argmax(axis=1) for logits in decode(runner, PROMPTS)]
+    np.testing.assert_array_equal(decode(runner, PROMPTS, runner.run_greedy), expected)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 30.0])
+def test_no_token_is_taken_from_logits_that_overflowed(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, soft_cap: float | None
+) -> None:
+    runner = load(tiny_llama)
+    capped = replace(runner._model.config, logit_soft_cap=soft_cap)
+    monkeypatch.setattr(runner._model, "config", capped)
+    runner._model.norm.fill_(float("nan"))
+    blocks = BlockManager(runner.plan.num_blocks, runner.plan.block_size)
+    scheduler = Scheduler(runner.limits, blocks)
+    scheduler.add(Sequence("a", PROMPTS[0], SamplingParams(max_tokens=1)))
+    assert runner.run_greedy(scheduler.schedule()).tolist() == [NO_TOKEN]
 
 
 def activate_in_pytorch(gate_up: torch.Tensor, _: Gate, out: torch.Tensor) -> None:
