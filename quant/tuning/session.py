@@ -34,7 +34,10 @@ WINDOWS_AT_ONCE = 2
 TARGETS_AT_ONCE = 4 * WINDOWS_AT_ONCE
 """Windows that the float model reads together: it is read from the disk every time."""
 
-LEARNING_RATE = 2e-3
+SCALE_RATE = 5e-4
+NORM_RATE = 2e-4
+"""Lower, since a number of a norm moves a column in all rows of several layers."""
+
 WARM_UP_STEPS = 5
 BETAS = (0.9, 0.99)
 EPSILON = 1e-15
@@ -111,12 +114,19 @@ class _Session:
         self._expected = final_hidden(self._float, windows.held_back.token_ids, _nothing)
         self._average = self._tuned.unmoved()
         self._state = {n: share.clone().requires_grad_() for n, share in self._average.items()}
-        self._optimizer = torch.optim.Adam(self._state.values(), betas=BETAS, eps=EPSILON)
+        scales = [share for name, share in self._state.items() if name not in packed]
+        norms = [share for name, share in self._state.items() if name in packed]
+        self._optimizer = torch.optim.Adam(
+            [{"params": scales, "rate": SCALE_RATE}, {"params": norms, "rate": NORM_RATE}],
+            betas=BETAS,
+            eps=EPSILON,
+        )
         self._lessons = self._lessons_in_turn()
 
     def learn(self, step: int) -> None:
         """Take the next windows, and the step that follows from them."""
-        self._optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1, step / WARM_UP_STEPS)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["rate"] * min(1, step / WARM_UP_STEPS)
         self._optimizer.zero_grad()
         self._tuned.learn(*next(self._lessons), self._divergence, self._state)
         self._optimizer.step()

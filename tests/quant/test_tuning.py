@@ -142,7 +142,7 @@ def test_nothing_changes_when_nothing_is_better(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(session, "LEARNING_RATE", -0.05)  # learns to be worse
+    monkeypatch.setattr(session, "SCALE_RATE", -0.05)  # learns to be worse
     monkeypatch.setattr(session, "STEPS_BETWEEN_JUDGEMENTS", 1)
     folder = shutil.copytree(packed, tmp_path / "tuned")
     report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=50))
