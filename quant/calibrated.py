@@ -32,7 +32,7 @@ from qserve.quant.folding import settle_
 from qserve.quant.formats.layer_format import QuantizedWeight
 from qserve.quant.methods import Profile
 from qserve.quant.plan import Plan
-from qserve.quant.report import LayerReport
+from qserve.quant.report import LayerReport, relative_error
 from qserve.quant.scaling import ScaleChoice
 from qserve.quant.seen import Seen, TokenCount, gram_of
 from qserve.quant.stage_rounding import StageRounding
@@ -52,13 +52,13 @@ matrix, and with fewer tokens it would learn the text by heart. Range and scale 
 class _Transformed:
     """A block whose scales are folded in.
 
-    scales: of each stage that has one, as applied. entered, left: hidden states of the
-    transform windows before and after the float block.
+    scales: of each stage that has one, as applied. left: hidden states of the transform windows
+    behind the float block. energy: squared norm of what it has added to them.
     """
 
     scales: dict[str, ScaleChoice]
-    entered: torch.Tensor
     left: torch.Tensor
+    energy: float
 
 
 class CalibratedQuantizer:
@@ -139,7 +139,8 @@ class CalibratedQuantizer:
         entered = left.clone()
         scales = StageScales(self._plan, self._profile.steps.transform)
         counts = None if self._counts is None else self._counts[:: self._stride]
-        return _Transformed(scales.fold_(block, left, self._scratch, counts), entered, left)
+        found = scales.fold_(block, left, self._scratch, counts)
+        return _Transformed(found, left, self._energy(left - entered))
 
     def _steps_for(self, num_inputs: int) -> Steps:
         """The steps that were asked for, unless there are too few tokens for error feedback."""
@@ -151,11 +152,13 @@ class CalibratedQuantizer:
 
     def _block_error(self, transformed: _Transformed) -> float:
         difference = self._hidden[:: self._stride] - transformed.left
-        added = transformed.left - transformed.entered
+        return relative_error(self._energy(difference), transformed.energy)
+
+    def _energy(self, states: torch.Tensor) -> float:
+        """The squared norm of the transform windows where they count."""
         if self._counts is not None:
-            counts = self._counts[:: self._stride]
-            difference, added = difference[counts], added[counts]
-        return float(difference.square().sum() / added.square().sum())
+            states = states[self._counts[:: self._stride]]
+        return float(states.square().sum())
 
     def _as_multiplied(self, windows: Iterable[Seen]) -> Iterator[Seen]:
         """Windows with what the quantized model's layers multiply: rounded where they do that."""

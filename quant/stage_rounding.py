@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qserve.quant.allocation import return_freed
 from qserve.quant.architecture import Stage
 from qserve.quant.codes import Coder, join_rows
 from qserve.quant.decoder import Block
@@ -15,7 +16,7 @@ from qserve.quant.objective import output_errors
 from qserve.quant.report import LayerReport, ScaleReport, relative_error
 from qserve.quant.scaling import ScaleChoice
 from qserve.quant.seen import TokenCount
-from qserve.quant.stacked_rows import pieces_of
+from qserve.quant.stacked_rows import Piece, pieces_of
 from qserve.quant.steps import Steps
 from qserve.quant.target import StageSpec
 
@@ -45,20 +46,15 @@ class StageRounding:
     def run_(self, block: Block, stage: Stage) -> StageResult:
         """Choose the codes, and replace the weights by what they stand for."""
         weights = [block.linear(name).weight for name in stage.linears]
-        nested = self.spec.levels.nested  # such scales are quantized a whole layer at a time
         coder = Coder(self.gram, self.spec.width(len(self.gram)), self.spec.levels, self.steps)
         codes: list[list[QuantizedWeight]] = [[] for _ in weights]
         costs: list[list[torch.Tensor]] = [[] for _ in weights]
-        for piece in pieces_of(weights, whole=nested):
-            chosen = coder.choose(piece.read())
-            values = chosen.values()
-            cost = self._cost(piece.read(), chosen, values)
-            piece.write_(values)
-            parts = [chosen] if nested else chosen.split(piece.sizes)
-            shares = cost.split(piece.sizes, 1)
-            for layer, part, share in zip(piece.layers, parts, shares, strict=True):
-                codes[layer].append(part.pack())
-                costs[layer].append(share)
+        # Nested scales are quantized a whole layer at a time.
+        for piece in pieces_of(weights, whole=self.spec.levels.nested):
+            for layer, part, cost in self._round_(piece, coder):
+                codes[layer].append(part)
+                costs[layer].append(cost)
+            return_freed()
         names = stage.linears
         return StageResult(
             {name: join_rows(pieces) for name, pieces in zip(names, codes, strict=True)},
@@ -67,6 +63,18 @@ class StageRounding:
                 for name, some in zip(names, costs, strict=True)
             ),
         )
+
+    def _round_(
+        self, piece: Piece, coder: Coder
+    ) -> list[tuple[int, QuantizedWeight, torch.Tensor]]:
+        """Of each layer that has rows in a piece: which it is, its codes, and their cost."""
+        chosen = coder.choose(piece.read())
+        values = chosen.values()
+        costs = self._cost(piece.read(), chosen, values).split(piece.sizes, 1)
+        piece.write_(values)
+        parts = [chosen] if len(piece.sizes) == 1 else chosen.split(piece.sizes)
+        packed = [part.pack() for part in parts]
+        return list(zip(piece.layers, packed, costs, strict=True))
 
     def _cost(self, weight: torch.Tensor, chosen: Rounded, values: torch.Tensor) -> torch.Tensor:
         """For each of some rows: output errors as stored and as rounded to nearest without a scale,
