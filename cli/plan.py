@@ -133,7 +133,10 @@ def _print(found: Estimate) -> None:
     if found.skipped:
         print_table("left in 16 bits", ("layer", "why"), _list_skipped(found))
     if found.refused_group_sizes:
-        refused = [(str(s), ", ".join(names)) for s, names in found.refused_group_sizes.items()]
+        refused = [
+            (str(size), ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)))
+            for size, names in found.refused_group_sizes.items()
+        ]
         print_table(
             "group sizes that do not fit", ("size", "does not divide the inputs of"), refused
         )

@@ -23,7 +23,7 @@ Linears = Mapping[str, nn.Linear]
 
 ROUTER = "decides which experts a token goes to: routers are not quantized"
 
-MOST_LISTED = 8
+MOST_LISTED = 4
 """Layers that a message names."""
 
 

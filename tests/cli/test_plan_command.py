@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import MixtralForCausalLM
 
 from qserve.cli.errors import ExitCode
 
@@ -22,6 +23,19 @@ def test_a_plan_says_size_time_memory_and_engines(qserve: Qserve, tiny_llama: Pa
     found = json.loads(qserve("plan", tiny_llama, "--threads", "1", "--json").out)
     assert found["method"] == "awq" and found["num_quantized_layers"] == 14
     assert found["refused_group_sizes"]["128"]
+
+
+def test_routers_and_experts_left_in_16_bits_are_listed_by_their_kind(
+    qserve: Qserve, make_tiny_llama: Callable[..., Path]
+) -> None:
+    folder = make_tiny_llama(
+        model_class=MixtralForCausalLM, num_local_experts=5, intermediate_size=96
+    )
+    found = qserve("plan", folder, "--threads", "1", "--ignore", "experts.*w1").out
+    assert "experts.*.w1" in found and "experts.3.w1 " not in found
+    assert "experts.*.w2" in found.partition("group sizes that do not fit")[2]
+    few = qserve("plan", folder, "--threads", "1").out
+    assert "model.layers.1.block_sparse_moe.gate" in few
 
 
 def test_a_recipe_can_be_planned(qserve: Qserve, tiny_llama: Path, tmp_path: Path) -> None:
