@@ -52,7 +52,7 @@ class Runner(Protocol):
         order; the caller may overwrite them until the next call.
         """
 
-    def run_greedy(self, chunks: Items[Chunk]) -> NDArray[np.int64]:
+    def run_greedy(self, chunks: Items[Chunk]) -> list[int]:
         """Compute the chunks and store their keys and values.
 
         Returns the token with the largest logit, of equals the first, of each chunk that samples;
@@ -174,7 +174,7 @@ class Engine:
     ) -> Callable[[], list[Draw]]:
         """Run the model; returns what draws the next tokens, in the order of ``samplers``."""
         if samplers and all(sampler.is_greedy for sampler in samplers):
-            tokens = self._runner.run_greedy(chunks).tolist()
+            tokens = self._runner.run_greedy(chunks)
             return lambda: [*map(finish_draw, samplers, tokens)]
         return partial(self._batch_sampler.draw, samplers, self._runner.run(chunks))
 

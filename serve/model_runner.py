@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from math import isfinite
 from typing import TypeVar
 
 import numpy as np
@@ -82,16 +83,14 @@ class ModelRunner:
         """Compute the chunks; see ``engine.Runner``."""
         return self._compute(chunks, self._model.logits).numpy()
 
-    def run_greedy(self, chunks: Items[Chunk]) -> NDArray[np.int64]:
+    def run_greedy(self, chunks: Items[Chunk]) -> list[int]:
         """Compute the chunks; see ``engine.Runner``."""
         if self._model.finds_largest:
-            found = self._compute(chunks, self._model.largest)
-            ids, values = (tensor.numpy() for tensor in found)
-        else:
-            logits = self.run(chunks)
-            ids = logits.argmax(axis=1)  # the first of equals, and of NaN
-            values = logits[np.arange(ids.size), ids]
-        return np.where(np.isfinite(values), ids, NO_TOKEN)
+            ids, values = self._compute(chunks, self._model.largest)
+            return _finite(ids.tolist(), values.tolist())
+        logits = self.run(chunks)
+        tokens = logits.argmax(axis=1)  # the first of equals, and of NaN
+        return _finite(tokens.tolist(), logits[np.arange(tokens.size), tokens].tolist())
 
     def _compute(self, chunks: Items[Chunk], head: Callable[[torch.Tensor], Found]) -> Found:
         """What ``head`` makes of the last rows of the chunks that sample."""
@@ -122,6 +121,12 @@ class ModelRunner:
         program.run()
         found: Found = program.result
         return found
+
+
+def _finite(tokens: list[int], logits: list[float]) -> list[int]:
+    """The tokens, ``NO_TOKEN`` in place of those whose logit is not finite."""
+    pairs = zip(tokens, logits, strict=True)
+    return [token if isfinite(logit) else NO_TOKEN for token, logit in pairs]
 
 
 def kv_format_of(checkpoint: Checkpoint) -> KvFormat:

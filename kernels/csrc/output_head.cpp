@@ -13,7 +13,7 @@ namespace {
 // Rows that pass the weight together: bounds the memory for candidates.
 constexpr int64_t kRowsTogether = 128;
 // Slots for each thread: what evens out threads that run at different speeds.
-constexpr int64_t kSlotsPerThread = 4;
+constexpr int64_t kSlotsPerThread = 16;
 
 struct Candidate {
   float value;

@@ -43,10 +43,8 @@ class CountingModel:
                 logits[i] = np.nan
         return logits
 
-    def run_greedy(self, chunks: Items[Chunk]) -> NDArray[np.int64]:
-        logits = self.run(chunks)
-        ids = logits.argmax(axis=1)
-        return np.where(np.isfinite(logits[np.arange(ids.size), ids]), ids, NO_TOKEN)
+    def run_greedy(self, chunks: Items[Chunk]) -> list[int]:
+        return [int(r.argmax()) if np.isfinite(r).all() else NO_TOKEN for r in self.run(chunks)]
 
 
 def make_engine(model: CountingModel | None = None, num_blocks: int = 64) -> Engine:
