@@ -112,8 +112,13 @@ def _list_skipped(found: Estimate) -> list[tuple[str, str]]:
     """The layers and the reasons; of many, those that differ by their numbers alone as one."""
     if len(found.skipped) <= MOST_LISTED:
         return [(layer.name, layer.reason) for layer in found.skipped]
-    kinds = Counter((re.sub(r"\d+", "*", layer.name), layer.reason) for layer in found.skipped)
+    kinds = Counter((_without_numbers(layer.name), layer.reason) for layer in found.skipped)
     return [(f"{name} ({count} times)", reason) for (name, reason), count in kinds.items()]
+
+
+def _without_numbers(name: str) -> str:
+    """A name with its blocks and experts left open."""
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _print(found: Estimate) -> None:
@@ -134,7 +139,7 @@ def _print(found: Estimate) -> None:
         print_table("left in 16 bits", ("layer", "why"), _list_skipped(found))
     if found.refused_group_sizes:
         refused = [
-            (str(size), ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names)))
+            (str(size), ", ".join(dict.fromkeys(map(_without_numbers, names))))
             for size, names in found.refused_group_sizes.items()
         ]
         print_table(

@@ -32,7 +32,7 @@ def test_routers_and_experts_left_in_16_bits_are_listed_by_their_kind(
         model_class=MixtralForCausalLM, num_local_experts=5, intermediate_size=96
     )
     found = qserve("plan", folder, "--threads", "1", "--ignore", "experts.*w1").out
-    assert "experts.*.w1" in found and "experts.3.w1 " not in found
+    assert "experts.*.w1 (10 times)" in found
     assert "experts.*.w2" in found.partition("group sizes that do not fit")[2]
     few = qserve("plan", folder, "--threads", "1").out
     assert "model.layers.1.block_sparse_moe.gate" in few
