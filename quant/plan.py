@@ -23,8 +23,8 @@ Linears = Mapping[str, nn.Linear]
 
 ROUTER = "decides which experts a token goes to: routers are not quantized"
 
-MOST_LISTED = 4
-"""Layers that a message names."""
+MOST_LISTED = 7
+"""Layers that a message names: as many as a block without experts has."""
 
 
 @dataclass(frozen=True, slots=True)
