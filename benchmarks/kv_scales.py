@@ -3,7 +3,7 @@
     python benchmarks/kv_scales.py MODEL --calibration FILE --text FILE [--threads 1] [--no-rows]
 
 The scales are found as `qserve quantize --kv-cache` finds them, for a float or quantized MODEL. The
-same model judges with unrounded keys and values; rows go to docs/benchmarks/kv_quality.csv.
+same model judges with unrounded keys and values; rows go to docs/benchmarks/kv_scales.csv.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ from qserve.quant.pipeline import CACHE_STRIDE
 from qserve.quant.progress import ignore_progress
 from qserve.quant.windows import read_text, spread_windows, tokenize, windows_of_text
 
-TABLE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "kv_quality.csv"
-CALIBRATION_WINDOWS = 32
-SEQ_LEN = 512
-
+TABLE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "kv_scales.csv"
 Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 """What a cache makes of keys or values ``[S, heads, T, head_dim]``, given their name."""
 
@@ -71,14 +68,16 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="the folder of a checkpoint")
     parser.add_argument("--calibration", type=Path, required=True, help="text to find scales on")
     parser.add_argument("--text", type=Path, required=True, help="text to judge them on")
-    parser.add_argument("--windows", type=int, default=16, help=f"of {SEQ_LEN} tokens of the text")
+    parser.add_argument("--samples", type=int, default=32, help="windows to quantize with")
+    parser.add_argument("--windows", type=int, default=16, help="windows to judge on")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-rows", action="store_true", help="print only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     checkpoint = Checkpoint(args.model)
-    windows = windows_of(checkpoint, args.text, args.windows)
-    found = windows_of(checkpoint, args.calibration, CALIBRATION_WINDOWS)[::CACHE_STRIDE]
+    windows = windows_of(checkpoint, args.text, args.windows, args.seq_len)
+    found = windows_of(checkpoint, args.calibration, args.samples, args.seq_len)[::CACHE_STRIDE]
     cached = {name: CachedDecoder(checkpoint, way) for name, way in ways(checkpoint, found)}
     results = compare([Decoder(checkpoint), *cached.values()], windows, ignore_progress)
     rows = [
@@ -86,6 +85,7 @@ def main() -> None:
         | {
             "model": args.model.name,
             "format": name,
+            "scales_from": f"{len(found)}x{args.seq_len}",
             "text": args.text.name,
             "windows": f"{result.num_windows}x{result.seq_len}",
             "perplexity": round(result.perplexity, 4),
@@ -100,9 +100,9 @@ def main() -> None:
         append_rows(TABLE, rows)
 
 
-def windows_of(checkpoint: Checkpoint, text: Path, count: int) -> torch.Tensor:
-    """Windows ``[S, SEQ_LEN]`` spread over a text."""
-    return spread_windows(tokenize(checkpoint.folder, read_text(text)), count, SEQ_LEN)
+def windows_of(checkpoint: Checkpoint, text: Path, count: int, seq_len: int) -> torch.Tensor:
+    """Windows ``[S, seq_len]`` spread over a text."""
+    return spread_windows(tokenize(checkpoint.folder, read_text(text)), count, seq_len)
 
 
 def ways(checkpoint: Checkpoint, windows: torch.Tensor) -> list[tuple[str, Rounding]]:
