@@ -122,7 +122,8 @@ QSERVE_INLINE void weigh_columns(const float* weights, const float* start, const
   });
 }
 
-// One split for R rows: q [R][width] as scale_query leaves it, spans[r] the positions of the split that row r sees (at least one).
+// One split for R rows: q [R][width] as scale_query leaves it, spans[r] the positions of the split that row r sees, at least
+// one.
 template <int R, typename T>
 void attend_rows(const AttentionJob& job, const float* q, const SplitRows<T>& rows, const SplitNumbers& numbers,
                  const Span* spans, float* scores, const SoftmaxState& to) {

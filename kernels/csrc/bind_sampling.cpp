@@ -7,8 +7,8 @@ namespace nb = nanobind;
 namespace qserve {
 namespace {
 
-void run_find_largest(const Weight& weight, uintptr_t x, int64_t x_stride, int64_t rows, int activations, int64_t k, uintptr_t ids,
-                      uintptr_t values) {
+void run_find_largest(const Weight& weight, uintptr_t x, int64_t x_stride, int64_t rows, int activations, int64_t k,
+                      uintptr_t ids, uintptr_t values) {
   const Product product{.x = at<const float>(x),
                         .x_stride = x_stride,
                         .rows = rows,

@@ -294,9 +294,11 @@ void DenseWeight::pack(const void* weight, const float* bias) {
   uint8_t* panels = allocate();
   if (bias_) pack_bias(panels + bias_offset_, bias, job_.out_features, num_panels_);
   if (job_.type == FloatType::kFloat32) {
-    pack_floats(reinterpret_cast<uint32_t*>(panels), static_cast<const uint32_t*>(weight), num_panels_, job_.out_features, job_.k);
+    auto* to = reinterpret_cast<uint32_t*>(panels);
+    pack_floats(to, static_cast<const uint32_t*>(weight), num_panels_, job_.out_features, job_.k);
   } else {
-    pack_floats(reinterpret_cast<uint16_t*>(panels), static_cast<const uint16_t*>(weight), num_panels_, job_.out_features, job_.k);
+    auto* to = reinterpret_cast<uint16_t*>(panels);
+    pack_floats(to, static_cast<const uint16_t*>(weight), num_panels_, job_.out_features, job_.k);
   }
 }
 

@@ -35,8 +35,8 @@ struct RoundJob {
   float* floats;
 };
 
-// A product with coded weights. What lies where in a panel is in panel_layout.h. Codes of 32 inputs of 16 outputs are 2 to 8 lines
-// of 64 bytes [16 outputs][4], byte j for the inputs j of some of the 8 quads (4 neighbouring inputs): the formats are in
+// A product with coded weights. What lies where in a panel is in panel_layout.h. Codes of 32 inputs of 16 outputs are 2 to 8
+// lines of 64 bytes [16 outputs][4], byte j for the inputs j of some of the 8 quads (4 neighbouring inputs): the formats are in
 // panel_formats.h.
 struct PanelJob {
   const uint8_t* panels;

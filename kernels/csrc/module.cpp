@@ -12,7 +12,8 @@ using qserve::Program;
 
 namespace {
 
-constexpr int kAbiVersion = 5;  // raised when a signature changes, which is all that Python knows; qserve.kernels.native has it too
+// Raised when a signature changes, which is all that Python knows; qserve.kernels.native has it too.
+constexpr int kAbiVersion = 5;
 
 void bind_program(nb::module_& m) {
   nb::class_<Program>(m, "Program")

@@ -1,8 +1,8 @@
 // Where the parts of a panel lie.
 //
 // A panel is read from front to back, so that memory sees one stream: a jump over all scales of a long row puts what the machine
-// fetches ahead out of step, and halves the rate. So groups come in runs. A run is the scales of its groups [groups][16] (float16,
-// or float32 when wide), their zero points [groups][16] bytes if the format has them, padding to 64 bytes, their codes.
+// fetches ahead out of step, and halves the rate. So groups come in runs. A run is the scales of its groups [groups][16]
+// (float16, or float32 when wide), their zero points [groups][16] bytes if the format has them, padding to 64 bytes, their codes.
 #pragma once
 
 #include "matmul_kernels.h"

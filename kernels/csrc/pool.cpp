@@ -30,8 +30,8 @@ void pause() {
 #endif
 }
 
-// Between two processors a line of memory takes a fifth of a microsecond, a call of a decode step is worth five: what a thread has
-// to know comes in one line, and what it writes stays in lines of its own until somebody asks for them.
+// Between two processors a line of memory takes a fifth of a microsecond, a call of a decode step is worth five: what a thread
+// has to know comes in one line, and what it writes stays in lines of its own until somebody asks for them.
 
 constexpr int kTaskBits = 20;
 constexpr int64_t kMaxTasks = (int64_t{1} << kTaskBits) - 1;
@@ -52,12 +52,12 @@ struct TaskRange {
   int64_t begin, end;
 };
 
-// What is left of a thread's share of a call. A task is claimed by exchanging the word for its successor, which fails once another
-// thread has claimed one. Whoever claims the first one of a call finds the word of an earlier call, and begins the new.
+// What is left of a thread's share of a call. A task is claimed by exchanging the word for its successor, which fails once
+// another thread has claimed one. Whoever claims the first one of a call finds the word of an earlier call, and begins the new.
 class alignas(64) Share {
  public:
-  // A task of the call `seen`, or -1 if there is none. The owner takes them from the front, so that memory passes by in one stream;
-  // who has nothing left of its own takes them from the end.
+  // A task of the call `seen`, or -1 if there is none. The owner takes them from the front, so that memory passes by in one
+  // stream; who has nothing left of its own takes them from the end.
   int64_t claim(const Call& call, uint64_t seen, TaskRange whole, bool is_owner) {
     uint64_t word = word_.load(std::memory_order_acquire);
     for (;;) {

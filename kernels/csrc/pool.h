@@ -9,8 +9,8 @@ namespace qserve {
 //
 // Each thread has a share of neighbouring tasks, and takes from the others when it is done with it, so a worker that the system
 // has put aside holds up one task and not its share; which thread runs a task must not matter to the result. Workers wait for the
-// next call by spinning for kSpin, then they sleep: an idle process uses no processor. Calls from several threads at once are safe:
-// one of them gets the workers, the others run their tasks alone. A forked child starts with workers of its own.
+// next call by spinning for kSpin, then they sleep: an idle process uses no processor. Calls from several threads at once are
+// safe: one of them gets the workers, the others run their tasks alone. A forked child starts with workers of its own.
 void run_tasks(int64_t count, void (*task)(void*, int64_t), void* context);
 
 template <typename Function>

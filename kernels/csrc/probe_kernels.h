@@ -13,8 +13,8 @@ constexpr int64_t kProbeBytes = 8192;  // operands of the loops that multiply: t
 struct ProbeKernels {
   // Reads memory once, a multiple of 512 bytes; returns something that depends on all of it.
   int32_t (*read)(const uint8_t* memory, int64_t bytes);
-  // `steps` rounds (a multiple of 4) of the fastest multiplication of bytes that the instruction set has, operands [kProbeBytes]; returns
-  // the number of multiplications and additions.
+  // `steps` rounds (a multiple of 4) of the fastest multiplication of bytes that the instruction set has, operands
+  // [kProbeBytes]; returns the number of multiplications and additions.
   int64_t (*multiply_bytes)(const uint8_t* operands, int64_t steps);
   // The same in float32.
   int64_t (*multiply_floats)(const uint8_t* operands, int64_t steps);

@@ -100,8 +100,8 @@ void quantize_rows(const RoundJob& job, int64_t begin, int64_t end) {
   }
 }
 
-// A number of magnitude up to 448 to the nearest float8 e4m3, of two the even one: 3 bits after the first, and steps of 2^-9 below
-// 2^-6. The sum with a number 2^20 times as large as the power of two below has no room for more bits.
+// A number of magnitude up to 448 to the nearest float8 e4m3, of two the even one: 3 bits after the first, and steps of 2^-9
+// below 2^-6. The sum with a number 2^20 times as large as the power of two below has no room for more bits.
 QSERVE_INLINE F round_float8(F x) {
   const F steps = mul(exponent(max(max(x, sub(zero(), x)), set1(0x1p-6f))), set1(1.5f * 0x1p20f));
   return sub(add(x, steps), steps);

@@ -9,8 +9,8 @@ namespace qserve {
 // shares with all its tasks, and what a task needs.
 enum class ScratchUse : int { kOp, kCall, kTask };
 
-// At least `bytes` of memory on a 64-byte boundary, valid until the same thread asks for the same use again. It grows and is kept:
-// a step asks for the same amounts as the step before. Throws std::bad_alloc.
+// At least `bytes` of memory on a 64-byte boundary, valid until the same thread asks for the same use again. It grows and is
+// kept: a step asks for the same amounts as the step before. Throws std::bad_alloc.
 std::byte* scratch(ScratchUse use, size_t bytes);
 
 // Hands out consecutive pieces of one block, each on a 64-byte boundary.
