@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -30,7 +30,6 @@ from qserve.kernels.soft_cap import soft_cap
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.windows import python_topics, read_text, spread_windows, tokenize
 from qserve.serve.batch import Batch
-from qserve.serve.layers.linear import Linear
 from qserve.serve.models.llama import LlamaModel
 from qserve.serve.models.registry import find_architecture
 from qserve.serve.scheduler import Limits
@@ -73,16 +72,6 @@ WAYS = (
 )
 
 
-class HeadInput:
-    """In place of a head: keeps what the head would get, and computes nothing."""
-
-    states: torch.Tensor
-
-    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        self.states = x
-        return out
-
-
 class Engine:
     """The layers of one checkpoint computed in any way; loaded once for a kind of activations."""
 
@@ -112,8 +101,7 @@ class Engine:
             sample_rows=places.long(),
         )
         model.embed(token_ids)
-        model.compute(batch, caches)
-        return cast(HeadInput, model.head).states.clone()
+        return model.compute(batch, caches).clone()
 
     def log_probs(self, way: Way, hidden: torch.Tensor) -> torch.Tensor:
         """Log probabilities of the next token for some positions."""
@@ -125,9 +113,7 @@ class Engine:
     def _load(self, activations: Activations) -> LlamaModel:
         reader = WeightReader(self._checkpoint, activations)
         limits = Limits(1, self._length, self._length)
-        model = LlamaModel(self.config, reader, self._layer, limits)
-        model.head = cast(Linear, HeadInput())
-        return model
+        return LlamaModel(self.config, reader, self._layer, limits)
 
     def _prepare_head(self, group: int | None) -> PackedWeight:
         name = "model.embed_tokens" if self.config.tie_embeddings else "lm_head"
