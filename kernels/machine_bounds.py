@@ -40,6 +40,21 @@ class MachineBounds:
         return cost.bound_s(1e9 * self.read_gb_s, 2e9 * rate)
 
 
+class ReadMeter:
+    """Measures how fast this CPU reads memory, as often as it is asked; holds what is read."""
+
+    def __init__(self) -> None:
+        if native.available():
+            self._read = native.extension().MachineProbe(PROBE_BYTES).read
+        else:
+            memory = torch.ones(PROBE_BYTES // 4, dtype=torch.int32)
+            self._read = memory.amax
+
+    def gb_s(self, seconds: float) -> float:
+        """The median rate of ``seconds``, in 10^9 bytes a second."""
+        return PROBE_BYTES / time_calls(lambda _: self._read(), seconds).p50_s / 1e9
+
+
 def measure_bounds(device: torch.device, seconds: float | None = None) -> MachineBounds:
     """The bounds of ``device``, each measured for ``seconds`` (``SECONDS`` by default); medians.
 
@@ -48,9 +63,13 @@ def measure_bounds(device: torch.device, seconds: float | None = None) -> Machin
     seconds = SECONDS if seconds is None else seconds
     if device.type == "cuda":
         return _measure_gpu(device, seconds)
+    read_gb_s = ReadMeter().gb_s(seconds)
     if not native.available():
-        return _measure_with_torch(seconds)
-    probe = native.extension().MachineProbe(PROBE_BYTES)
+        size = MATMUL_SIZE // 16
+        a, b = torch.randn(size, size), torch.randn(size, size)
+        gmac_s = size**3 / time_calls(lambda _: a @ b, seconds).p50_s / 1e9
+        return MachineBounds(read_gb_s, int8_gmac_s=gmac_s, float_gmac_s=gmac_s)
+    probe = native.extension().MachineProbe(0)
 
     def products(multiply: str) -> float:
         call = getattr(probe, multiply)
@@ -58,23 +77,7 @@ def measure_bounds(device: torch.device, seconds: float | None = None) -> Machin
         timing = time_calls(lambda _: call(PROBE_STEPS), seconds)
         return float(num_products * (PROBE_STEPS // 4) / timing.p50_s / 1e9)
 
-    return MachineBounds(
-        read_gb_s=probe.read() / time_calls(lambda _: probe.read(), seconds).p50_s / 1e9,
-        int8_gmac_s=products("multiply_bytes"),
-        float_gmac_s=products("multiply_floats"),
-    )
-
-
-def _measure_with_torch(seconds: float) -> MachineBounds:
-    memory = torch.ones(PROBE_BYTES // 4, dtype=torch.int32)
-    size = MATMUL_SIZE // 16
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    gmac_s = size**3 / time_calls(lambda _: a @ b, seconds).p50_s / 1e9
-    return MachineBounds(
-        read_gb_s=memory.nbytes / time_calls(lambda _: memory.amax(), seconds).p50_s / 1e9,
-        int8_gmac_s=gmac_s,
-        float_gmac_s=gmac_s,
-    )
+    return MachineBounds(read_gb_s, products("multiply_bytes"), products("multiply_floats"))
 
 
 def _measure_gpu(device: torch.device, seconds: float) -> MachineBounds:

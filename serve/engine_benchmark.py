@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qserve.kernels.machine_bounds import measure_bounds
+from qserve.kernels.machine_bounds import ReadMeter
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.block_manager import BlockManager
 from qserve.serve.config import EngineConfig
@@ -28,7 +26,8 @@ NUM_STEPS = 48
 NUM_STEPS_AFTER_PROMPT = 64
 CONTEXTS = (512, 1024)
 BATCH_SIZES = (1, 4, 8, 16)
-CPU = torch.device("cpu")
+NUM_TURNS = 6
+READING_SECONDS = 0.1
 
 MIN_MODEL_LEN = CONTEXTS[-1] + NUM_STEPS_AFTER_PROMPT + 1
 """Tokens of context that the longest request reaches."""
@@ -45,7 +44,7 @@ class EngineFigures:
     load_s: from the files to an engine that takes requests. first_token_s: from the files to the
     first token of a prompt of one token. weight_bytes: what a decode step reads of the weights.
     read_gb_s: the rate at which this machine reads memory, measured between the steps.
-    decode_b1_read_share: ``weight_bytes`` times steps a second, as a share of it.
+    decode_b1_read_share: ``weight_bytes`` times steps a second, as a share of the rate beside them.
     """
 
     load_s: float
@@ -84,14 +83,13 @@ def measure_engine(folder: Path, config: EngineConfig, num_rounds: int) -> Engin
     first_token_s = time.perf_counter() - start
     seconds = defaultdict[str, list[float]](list)
     peak_rss_mib = 0
-    read_rates = []
+    rates_beside: list[tuple[float, float]] = []
     for _ in range(num_rounds):
         time_everything(engine, seconds)
-        # Before the probe takes its memory.
+        # Before the meter takes its memory.
         peak_rss_mib = peak_rss_mib or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        read_rates.append(measure_bounds(CPU).read_gb_s)
+        rates_beside += time_beside_memory(engine, runner.weight_bytes, seconds["b1"])
     medians = {name: statistics.median(samples) for name, samples in seconds.items()}
-    read_gb_s = statistics.median(read_rates)
     rates = {f"decode_b{size}_tok_s": size / medians[f"b{size}"] for size in BATCH_SIZES}
     rates |= {f"decode_b1_at{n}_tok_s": 1 / medians[f"at{n}"] for n in CONTEXTS}
     return EngineFigures(
@@ -100,19 +98,39 @@ def measure_engine(folder: Path, config: EngineConfig, num_rounds: int) -> Engin
         prefill512_tok_s=PROMPT_LENGTH / medians["prefill"],
         peak_rss_mib=peak_rss_mib,
         weight_bytes=runner.weight_bytes,
-        read_gb_s=read_gb_s,
-        decode_b1_read_share=runner.weight_bytes / medians["b1"] / 1e9 / read_gb_s,
+        read_gb_s=statistics.median(memory for _, memory in rates_beside),
+        decode_b1_read_share=statistics.median(step / memory for step, memory in rates_beside),
         **rates,
     )
 
 
 def time_everything(engine: Engine, seconds: dict[str, list[float]]) -> None:
-    """One round: add the seconds of each step to the list of its kind."""
+    """Prompts, and all steps but those of ``time_beside_memory``; adds the seconds of each to the
+    list of its kind."""
     seconds["prefill"] += [time_prefill(engine, shift) for shift in range(NUM_PREFILLS)]
     for context in CONTEXTS:
         seconds[f"at{context}"] += time_decode(engine, 1, context, NUM_STEPS_AFTER_PROMPT)
-    for size in BATCH_SIZES:
+    for size in BATCH_SIZES[1:]:
         seconds[f"b{size}"] += time_decode(engine, size, 1, NUM_STEPS)
+
+
+def time_beside_memory(
+    engine: Engine, weight_bytes: int, seconds: list[float]
+) -> list[tuple[float, float]]:
+    """Steps of a single sequence and readings of memory in turn: what one has to do with the other
+    shows only so where neighbours change the rate of memory within seconds.
+
+    Adds to ``seconds`` those of each step. Returns, of each turn, the rates at which the steps read
+    weights and at which memory can be read, in 10^9 bytes a second.
+    """
+    meter = ReadMeter()
+    rates = []
+    for _ in range(NUM_TURNS):
+        steps = time_decode(engine, 1, 1, NUM_STEPS)
+        seconds += steps
+        read_gb_s = weight_bytes / statistics.median(steps) / 1e9
+        rates.append((read_gb_s, meter.gb_s(READING_SECONDS)))
+    return rates
 
 
 def time_prefill(engine: Engine, shift: int) -> float:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
-from qserve.kernels.machine_bounds import MachineBounds
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.block_manager import BlockManager
 from qserve.serve.engine import Engine
 from qserve.serve.engine_benchmark import (
+    NUM_TURNS,
     BenchmarkFailed,
     engine_config,
     measure_engine,
+    time_beside_memory,
     time_decode,
     time_prefill,
 )
@@ -71,16 +73,38 @@ def test_a_request_that_fails_ends_the_measurement(
         time_decode(engine, size=1, prompt_length=1, num_steps=1)
 
 
-def test_the_figures_are_consistent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "qserve.serve.engine_benchmark.measure_bounds",
-        lambda device: MachineBounds(READ_GB_S, 100.0, 50.0),
+class SlowingMemory:
+    """In place of a ``ReadMeter``: half as fast at every other reading."""
+
+    def __init__(self) -> None:
+        self._num_readings = 0
+
+    def gb_s(self, seconds: float) -> float:
+        assert seconds > 0
+        self._num_readings += 1
+        return READ_GB_S / (2 - self._num_readings % 2)
+
+
+def test_steps_are_compared_with_the_memory_of_their_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qserve.serve.engine_benchmark.ReadMeter", SlowingMemory)
+    steps = iter([[1e-3, 2e-3, 9e-3], [4e-3] * 3] * (NUM_TURNS // 2))
+    monkeypatch.setattr("qserve.serve.engine_benchmark.time_decode", lambda *_: next(steps))
+    seconds: list[float] = []
+    rates = time_beside_memory(cast(Engine, None), 12_000_000, seconds)
+    assert rates == [pytest.approx((6.0, READ_GB_S)), pytest.approx((3.0, READ_GB_S / 2))] * (
+        NUM_TURNS // 2
     )
+    assert len(seconds) == 3 * NUM_TURNS
+
+
+def test_the_figures_are_consistent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qserve.serve.engine_benchmark.ReadMeter", SlowingMemory)
     figures = measure_engine(folder, engine_config(), num_rounds=1)
     assert all(value > 0 for value in asdict(figures).values())
     assert figures.first_token_s > figures.load_s
-    bytes_per_s = figures.weight_bytes * figures.decode_b1_tok_s
-    assert figures.decode_b1_read_share == pytest.approx(bytes_per_s / 1e9 / READ_GB_S)
+    assert figures.read_gb_s == pytest.approx(0.75 * READ_GB_S)
     # Two layers of 64 x 128 + 64 x 64 + 3 x 64 x 128, and a head of 512 x 64, in bfloat16.
     assert figures.weight_bytes == 2 * (2 * 36864 + 512 * 64)
     assert torch.get_num_threads() == 1
