@@ -107,7 +107,7 @@ class ConversationTokenizer:
     def _count_between(self, text: str, spans: list[tuple[int, int]]) -> Tokens:
         try:
             found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        except NotImplementedError:
+        except NotImplementedError:  # what transformers' tokenizers written in Python raise
             raise CalibrationError(
                 "the model's tokenizer cannot tell where a token stands in the text: put "
                 "{% generation %} into the chat template, or count all messages"

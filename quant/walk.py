@@ -10,6 +10,7 @@ Experts need more, see ``expert_walk.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -57,10 +58,8 @@ def walk_(
     stages = block.stages[: 2 if has_experts else None]
     for first, output in zip(stages[::2], stages[1::2], strict=True):
         kept = scratch.take(*hidden.shape[:2], block.linear(output.linears[0]).in_features)
-        for stage, windows in (
-            (first, _see_normed(block, first, output, hidden, exact, kept)),
-            (output, _see_mixed(block, first, output, hidden, exact, kept)),
-        ):
+        half = _Half(block, first, output, hidden, exact, kept)
+        for stage, windows in ((first, half.see_normed()), (output, half.see_mixed())):
             return_freed()
             yield stage, _counting(windows, counts)
             for _ in windows:
@@ -78,43 +77,39 @@ def _counting(windows: Iterator[Seen], counts: torch.Tensor | None) -> Iterator[
         yield seen if counts is None else seen.at(counts[seen.index])
 
 
-def _see_normed(
-    block: Block,
-    first: Stage,
-    output: Stage,
-    hidden: torch.Tensor,
-    exact: torch.Tensor | None,
-    kept: torch.Tensor,
-) -> Iterator[Seen]:
-    """The windows before attention or MLP; ``kept`` becomes what the float model makes of them."""
-    norm = block.module(first.previous)
-    for index, window in enumerate(hidden):
-        if exact is None:
-            yield Seen(index, norm(window))
-            continue
-        beside = norm(exact[index])
-        yield Seen(index, norm(window), beside)
-        with block.unrounded():
-            kept[index].copy_(block.mix(output, beside))
+@dataclass(frozen=True, slots=True)
+class _Half:
+    """Attention or MLP: the stage behind the norm, and the one whose output is added."""
 
+    block: Block
+    first: Stage
+    output: Stage
+    hidden: torch.Tensor
+    exact: torch.Tensor | None
+    kept: torch.Tensor
 
-def _see_mixed(
-    block: Block,
-    first: Stage,
-    output: Stage,
-    hidden: torch.Tensor,
-    exact: torch.Tensor | None,
-    kept: torch.Tensor,
-) -> Iterator[Seen]:
-    """The windows before the output layer, which ``kept`` becomes; ``exact`` goes on behind it."""
-    norm = block.module(first.previous)
-    for index, window in enumerate(hidden):
-        received = block.mix(output, norm(window))
-        if exact is not None:
-            pair = (window, exact[index]) if block.adds(output) else None
-            yield Seen(index, received, kept[index], pair)
-            with block.unrounded():
-                block.add_(output, exact[index], kept[index])
-        kept[index].copy_(received)
-        if exact is None:
-            yield Seen(index, kept[index])
+    def see_normed(self) -> Iterator[Seen]:
+        """The windows behind the norm; ``kept`` becomes what the float model makes of them."""
+        norm = self.block.module(self.first.previous)
+        for index, window in enumerate(self.hidden):
+            if self.exact is None:
+                yield Seen(index, norm(window))
+                continue
+            beside = norm(self.exact[index])
+            yield Seen(index, norm(window), beside)
+            with self.block.unrounded():
+                self.kept[index].copy_(self.block.mix(self.output, beside))
+
+    def see_mixed(self) -> Iterator[Seen]:
+        """The windows before the output layer, which ``kept`` becomes; ``exact`` goes on."""
+        norm = self.block.module(self.first.previous)
+        for index, window in enumerate(self.hidden):
+            received, kept = self.block.mix(self.output, norm(window)), self.kept[index]
+            if self.exact is not None:
+                pair = (window, self.exact[index]) if self.block.adds(self.output) else None
+                yield Seen(index, received, kept, pair)
+                with self.block.unrounded():
+                    self.block.add_(self.output, self.exact[index], kept)
+            kept.copy_(received)
+            if self.exact is None:
+                yield Seen(index, kept)

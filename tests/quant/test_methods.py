@@ -57,8 +57,8 @@ WORST = {
 """Error of a layer's weights relative to their size; 0.3 for 4 bits."""
 
 
-def options_for(method: Method, **changes: object) -> QuantizeOptions:
-    return QuantizeOptions(method=method, num_samples=8, seq_len=64, **changes)  # type: ignore[arg-type]
+def options_for(method: Method, **changes: Any) -> QuantizeOptions:
+    return QuantizeOptions(method=method, num_samples=8, seq_len=64, **changes)
 
 
 @pytest.mark.parametrize("method", Method, ids=lambda method: method.value)

@@ -84,13 +84,20 @@ def test_a_recorded_step_gives_the_logits_of_one_that_is_not(
     np.testing.assert_array_equal(np.concatenate(sum(found, [])), np.concatenate(sum(expected, [])))
 
 
+def load_capped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, soft_cap: float | None
+) -> ModelRunner:
+    runner = load(folder)
+    capped = replace(runner._model.config, logit_soft_cap=soft_cap)
+    monkeypatch.setattr(runner._model, "config", capped)
+    return runner
+
+
 @pytest.mark.parametrize("soft_cap", [None, 30.0])
 def test_greedy_tokens_are_those_of_the_largest_logits(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, soft_cap: float | None
 ) -> None:
-    runner = load(tiny_llama)
-    capped = replace(runner._model.config, logit_soft_cap=soft_cap)
-    monkeypatch.setattr(runner._model, "config", capped)
+    runner = load_capped(tiny_llama, monkeypatch, soft_cap)
     assert runner._model.finds_largest == (soft_cap is None)
     expected = [logits.argmax(axis=1) for logits in decode(runner, PROMPTS)]
     np.testing.assert_array_equal(decode(runner, PROMPTS, runner.run_greedy), expected)
@@ -100,9 +107,7 @@ def test_greedy_tokens_are_those_of_the_largest_logits(
 def test_no_token_is_taken_from_logits_that_overflowed(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, soft_cap: float | None
 ) -> None:
-    runner = load(tiny_llama)
-    capped = replace(runner._model.config, logit_soft_cap=soft_cap)
-    monkeypatch.setattr(runner._model, "config", capped)
+    runner = load_capped(tiny_llama, monkeypatch, soft_cap)
     runner._model.norm.fill_(float("nan"))
     blocks = BlockManager(runner.plan.num_blocks, runner.plan.block_size)
     scheduler = Scheduler(runner.limits, blocks)
