@@ -248,14 +248,16 @@ def main(only: tuple[str, ...], record: bool, pythons: tuple[str, ...]) -> None:
     work.mkdir(parents=True)
     write_float_model(work / "float")
     save_file({"token_ids": draw_tokens()}, work / "tokens.safetensors")
-    given = dict(entry.split("=", 1) for entry in pythons)
+    given = {
+        peer: Path(path).absolute() for peer, path in (entry.split("=", 1) for entry in pythons)
+    }
     cells: list[Cell] = []
     for environment in ENVIRONMENTS:
         for peer in environment.tools:
             if only and peer not in only:
                 continue
             try:
-                python = Path(given[peer]) if peer in given else prepare_environment(environment)
+                python = given[peer] if peer in given else prepare_environment(environment)
             except ToolError as error:
                 cells.append(Cell(peer, "-", "-", cause=f"cannot be installed: {error}"))
             else:

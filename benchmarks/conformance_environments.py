@@ -98,7 +98,7 @@ def prepare_environment(environment: Environment) -> Path:
 
 
 def run(command: Sequence[str | Path], log: Path, timeout_s: int = RUN_TIMEOUT_S) -> None:
-    """Run a command with what it prints added to ``log``. Raises ``ToolError``."""
+    """Run a command beside ``log``, to which what it prints is added. Raises ``ToolError``."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "GPTQMODEL_CPU_WORKERS": "2",  # on two cores it refuses to be imported unless told how many
@@ -107,7 +107,13 @@ def run(command: Sequence[str | Path], log: Path, timeout_s: int = RUN_TIMEOUT_S
     with log.open("a") as file:
         try:
             subprocess.run(
-                command, stdout=file, stderr=file, env=environment, timeout=timeout_s, check=True
+                command,
+                stdout=file,
+                stderr=file,
+                env=environment,
+                cwd=log.parent,  # GPTQModel leaves a folder of logs where it runs
+                timeout=timeout_s,
+                check=True,
             )
         except subprocess.TimeoutExpired as error:
             raise ToolError(f"not done after {timeout_s} s (its output is in {log})") from error
