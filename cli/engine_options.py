@@ -64,7 +64,7 @@ OPTIONS = (
         metavar="DIR|off",
         envvar=WEIGHT_CACHE_VARIABLE,
         show_envvar=True,
-        help="Where repacked weights are kept, which the next start maps. Default: in the user's "
+        help="Where repacked weights are kept, which the next start reads. Default: in the user's "
         "cache folder.",
     ),
 )

@@ -16,12 +16,11 @@ class NativeWeight:
     run: its product, see kernels/csrc. product: the object itself, for ops made of products.
     """
 
-    __slots__ = ("_memory", "kind", "nbytes", "product", "run", "sizes")
+    __slots__ = ("kind", "nbytes", "product", "run", "sizes")
 
     def __init__(self, kind: str, sizes: tuple[int, ...]) -> None:
-        """Has no memory yet: call ``pack``, ``allocate`` or ``attach`` before ``run``."""
+        """Has no memory yet: call ``pack`` or ``allocate`` before ``run``."""
         self.product: Any = getattr(extension(), kind)(*sizes)
-        self._memory: object = None
         self.kind = kind
         self.sizes = sizes
         self.nbytes: int = self.product.nbytes
@@ -39,12 +38,6 @@ class NativeWeight:
     def allocate(self) -> int:
         """The address of new memory of ``nbytes``, to which the caller writes the layout."""
         return int(self.product.allocate())
-
-    def attach(self, address: int, memory: object) -> None:
-        """Runs on the layout at ``address``, on a 64-byte boundary, inside ``memory``, which is
-        kept."""
-        self.product.attach(address)
-        self._memory = memory
 
 
 def checksum(address: int, nbytes: int) -> int:

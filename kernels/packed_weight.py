@@ -37,7 +37,7 @@ class PackedWeight:
 
 
 def from_native(native: NativeWeight) -> PackedWeight:
-    """The weight that lies in a native layout, packed here or attached."""
+    """The weight that lies in a native layout, packed here or read."""
     out_features, in_features, *_ = native.sizes
     run = partial(_run_native, native)
     return PackedWeight(in_features, out_features, native.nbytes, Backend.CPU, run, native)

@@ -1,4 +1,4 @@
-"""The user's cache of packed weights: a checkpoint is repacked once, and mapped from then on."""
+"""The user's cache of packed weights: a checkpoint is repacked once, and read from then on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qserve.kernels.native import extension
 from qserve.kernels.native_weight import NativeWeight
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.cache_folder import SUFFIX, make_room, replacing
-from qserve.serve.weight_file import MappedWeights, UnusableFile, write_weights
+from qserve.serve.weight_file import UnusableFile, WeightFile, write_weights
 
 DISTRIBUTION = "qserve-llm"
 NUM_SAMPLES = 16
@@ -45,9 +45,9 @@ class WeightCache:
         digest = hashlib.sha256(place.encode()).hexdigest()[:16]
         self.path = folder / f"{checkpoint.folder.resolve().name}-{digest}{SUFFIX}"
         self._layers: dict[str, list[NativeWeight]] = {}
-        self._mapped: MappedWeights | None = None
+        self._file: WeightFile | None = None
         try:
-            self._mapped = self._open()
+            self._file = self._open()
         except FileNotFoundError:
             logger.debug("there is no %s yet", self.path)
         except (UnusableFile, OSError) as error:
@@ -55,13 +55,13 @@ class WeightCache:
 
     def get(self, layer: str) -> list[NativeWeight] | None:
         """The weights of a layer, ready for products, or None when they must be packed."""
-        if self._mapped is None or layer not in self._mapped.index.layers:
+        if self._file is None or layer not in self._file.index.layers:
             return None
         try:
-            weights = self._mapped.read(layer)
-        except UnusableFile as error:
+            weights = self._file.read(layer)
+        except (UnusableFile, OSError) as error:
             self._warn(error)
-            self._mapped = None
+            self._file = None
             return None
         self._layers[layer] = weights
         return weights
@@ -74,7 +74,7 @@ class WeightCache:
         """Write the layers unless the file holds them all; call when the last one was put."""
         if not self._layers:
             return
-        if self._mapped is not None and self._layers.keys() <= self._mapped.index.layers.keys():
+        if self._file is not None and self._layers.keys() <= self._file.index.layers.keys():
             return
         nbytes = sum(weight.nbytes for weights in self._layers.values() for weight in weights)
         try:
@@ -89,16 +89,16 @@ class WeightCache:
         else:
             logger.info("packed weights, %d MiB, are kept in %s", nbytes >> 20, self.path)
 
-    def _open(self) -> MappedWeights:
-        mapped = MappedWeights(self.path)
-        found = mapped.index.facts
+    def _open(self) -> WeightFile:
+        file = WeightFile(self.path)
+        found = file.index.facts
         if found.get("build") != self._facts["build"]:
             raise UnusableFile("another build of qserve wrote them")
         if found != self._facts:
             raise UnusableFile("the checkpoint has changed")
         with suppress(OSError):  # of somebody else: only they can say when it was used
             os.utime(self.path)
-        return mapped
+        return file
 
     def _warn(self, error: UnusableFile | OSError) -> None:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,19 +1,17 @@
-"""Packed weights in one file, in the layout that the kernels read: written once, then mapped."""
+"""Packed weights in one file, in the layout of the kernels: written once, then only read."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
 import struct
+import weakref
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-import numpy as np
 
 from qserve.kernels.native_weight import NativeWeight, checksum
 
@@ -78,29 +76,33 @@ def read_index(file: BinaryIO) -> Index:
     return Index(_round_up(HEAD.size + index_bytes), index["facts"], layers)
 
 
-class MappedWeights:
-    """A file of packed weights, mapped: processes that open the same one share its memory."""
+class WeightFile:
+    """A file of packed weights, open as long as this lives: who replaces or removes it meanwhile
+    does not disturb."""
 
     def __init__(self, path: Path) -> None:
         """Raises ``UnusableFile`` for a file that is damaged, ``OSError`` for none."""
-        with path.open("rb") as file:
-            self.index = read_index(file)
-            # Read ahead at once: the weights are all needed, and faults would cost more.
-            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-        self._memory = np.frombuffer(mapped, dtype=np.uint8)
+        self._file = path.open("rb")
+        weakref.finalize(self, self._file.close)
+        self.index = read_index(self._file)
 
     def read(self, layer: str) -> list[NativeWeight]:
-        """The weights of a layer, on the mapped memory. Raises ``UnusableFile`` when their bytes
-        are not those that were written, ``KeyError`` for a layer that is not there."""
-        return [self._attach(layer, stored) for stored in self.index.layers[layer]]
+        """The weights of a layer, in memory of their own.
 
-    def _attach(self, layer: str, stored: StoredWeight) -> NativeWeight:
-        address = self._memory.ctypes.data + self.index.start + stored.offset
+        Raises ``UnusableFile`` when their bytes are not those that were written, ``OSError`` when
+        they cannot be read, ``KeyError`` for a layer that is not there.
+        """
+        return [self._read(layer, stored) for stored in self.index.layers[layer]]
+
+    def _read(self, layer: str, stored: StoredWeight) -> NativeWeight:
         weight = NativeWeight(stored.kind, stored.sizes)
-        if weight.nbytes != stored.nbytes or checksum(address, stored.nbytes) != stored.checksum:
+        if weight.nbytes != stored.nbytes:
             raise UnusableFile(f"{layer} is damaged")
-        weight.attach(address, self._memory)
+        address = weight.allocate()
+        self._file.seek(self.index.start + stored.offset)
+        num_read = self._file.readinto((ctypes.c_char * stored.nbytes).from_address(address))
+        if num_read != stored.nbytes or checksum(address, stored.nbytes) != stored.checksum:
+            raise UnusableFile(f"{layer} is damaged")
         return weight
 
 

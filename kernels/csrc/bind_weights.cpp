@@ -50,13 +50,10 @@ void bind_weights(nb::module_& m) {
   nb::class_<PackedWeight>(m, "PackedWeight")
       .def_prop_ro("nbytes", &PackedWeight::nbytes)
       .def_prop_ro("address", [](const PackedWeight& w) { return reinterpret_cast<uintptr_t>(w.data()); })
-      .def("allocate", [](PackedWeight& w) { return reinterpret_cast<uintptr_t>(w.allocate()); })
-      .def("attach", [](PackedWeight& w, uintptr_t data) { w.attach(at<uint8_t>(data)); });
+      .def("allocate", [](PackedWeight& w) { return reinterpret_cast<uintptr_t>(w.allocate()); });
   nb::class_<Weight, PackedWeight>(m, "Weight").def("run", &multiply, Released());
   bind_panel_weight(m);
   bind_dense_weight(m);
-  m.def(
-      "checksum", [](uintptr_t data, size_t bytes) { return checksum(at<const uint8_t>(data), bytes); }, Released());
   nb::enum_<FloatType>(m, "FloatType")
       .value("FLOAT32", FloatType::kFloat32)
       .value("FLOAT16", FloatType::kFloat16)

@@ -35,9 +35,6 @@ class PackedWeight {
     return memory_.get();
   }
 
-  // Runs on a layout that lies elsewhere, on a 64-byte boundary, for as long as this lives.
-  void attach(uint8_t* data) { memory_ = {std::shared_ptr<void>(), data}; }
-
  protected:
   void set_nbytes(int64_t nbytes) { nbytes_ = nbytes; }  // by the constructor
 

@@ -1,4 +1,4 @@
-"""A packed weight lives on as the bytes of its layout: copied, or attached where they lie."""
+"""A packed weight lives on as the bytes of its layout."""
 
 from __future__ import annotations
 
@@ -43,21 +43,13 @@ def read_layout(native: NativeWeight) -> bytes:
 
 
 @pytest.mark.parametrize("pack", PACKS)
-@pytest.mark.parametrize("attached", [True, False])
-def test_the_bytes_of_a_layout_make_the_same_weight_again(
-    pack: Callable[[], PackedWeight], attached: bool
-) -> None:
+def test_the_bytes_of_a_layout_make_the_same_weight_again(pack: Callable[[], PackedWeight]) -> None:
     weight = pack()
     assert weight.native is not None
     expected, layout = multiply(X, weight), read_layout(weight.native)
     copy = NativeWeight(weight.native.kind, weight.native.sizes)
     assert copy.nbytes == len(layout)
-    if attached:
-        memory = torch.empty(copy.nbytes + 64, dtype=torch.uint8)
-        address = memory.data_ptr() + -memory.data_ptr() % 64
-        copy.attach(address, memory)
-    else:
-        address = copy.allocate()
+    address = copy.allocate()
     ctypes.memmove(address, layout, len(layout))
     assert copy.address == address
     del weight

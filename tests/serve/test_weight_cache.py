@@ -1,4 +1,4 @@
-"""Packed weights are kept and mapped; whatever is wrong with the files, the right weights load."""
+"""Packed weights are kept and read; whatever is wrong with the files, the right weights load."""
 
 from __future__ import annotations
 
