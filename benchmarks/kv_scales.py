@@ -9,16 +9,16 @@ same model judges with unrounded keys and values; rows go to docs/benchmarks/kv_
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qserve.cli.row_table import append_rows, stamp
 from qserve.kernels.activations import Activations, round_activations
-from qserve.quant.cache_scales import KEYS, VALUES, find_scales, round_by
-from qserve.quant.decoder import Block, Decoder
+from qserve.quant.cache_scales import find_scales, round_by
+from qserve.quant.cached_decoder import CachedDecoder, Rounding
+from qserve.quant.decoder import Decoder
 from qserve.quant.evaluate import compare
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.formats.compressed_schemes import Kind
@@ -28,38 +28,6 @@ from qserve.quant.progress import ignore_progress
 from qserve.quant.windows import read_text, spread_windows, tokenize, windows_of_text
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "kv_scales.csv"
-Rounding = Callable[[str, torch.Tensor], torch.Tensor]
-"""What a cache makes of keys or values ``[S, heads, T, head_dim]``, given their name."""
-
-
-class CachedDecoder(Decoder):
-    """A decoder whose attention reads keys and values as a cache gives them back."""
-
-    def __init__(self, checkpoint: Checkpoint, rounding: Rounding) -> None:
-        super().__init__(checkpoint)
-        self._rounding = rounding
-
-    def block(self, index: int, length: int) -> Block:
-        """See ``Decoder``."""
-        block = super().block(index, length)
-        block.store_into(_Cache(block, self._rounding))
-        return block
-
-
-class _Cache:
-    """Stands where attention looks for a cache, and gives back what it was given, rounded."""
-
-    def __init__(self, block: Block, rounding: Rounding) -> None:
-        self._block = block
-        self._rounding = rounding
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See transformers' ``Cache``."""
-        pairs = (KEYS, keys), (VALUES, values)
-        rounded = [self._rounding(self._block.full_name(name), rows) for name, rows in pairs]
-        return rounded[0], rounded[1]
 
 
 def main() -> None:

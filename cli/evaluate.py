@@ -44,8 +44,8 @@ def command(model: str, as_json: bool, **options: Any) -> None:
     """Measure the perplexity of MODEL, and with --against how far it is from BASE.
 
     MODEL and BASE are folders (float or quantized), .gguf files or hub ids. All arithmetic is in
-    float32, so the figures tell about the checkpoint and not about an engine; activations are
-    rounded to 8 bits where the checkpoint was made for that.
+    float32, so the figures tell about the checkpoint and not about an engine; activations, keys and
+    values are rounded to 8 bits where the checkpoint was made for that.
     """
     evaluation = _evaluate(model, options)
     if as_json:
@@ -106,6 +106,8 @@ def _print_table(evaluation: Evaluation, model: str, options: dict[str, Any]) ->
         rows.append(("same most likely token, %", agreement))
     if evaluation.activations is not None:
         rows.append(("activations rounded to", evaluation.activations))
+    if evaluation.kv_cache is not None:
+        rows.append(("keys and values rounded to", evaluation.kv_cache))
     rows.append(("time", format_seconds(evaluation.seconds)))
     print_table("evaluation", ("", ""), rows)
 

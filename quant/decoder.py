@@ -263,9 +263,10 @@ class Decoder:
         """Block ``index`` for windows of ``length`` tokens, in float32, packed weights dequantized.
 
         Where the checkpoint was made for quantized activations, its packed layers round their
-        inputs as the kernels that run them do.
+        inputs as the kernels that run them do. What was read before counts as memory no more.
         Raises ``CheckpointError`` for missing, wrongly shaped or non-finite tensors.
         """
+        self.checkpoint.unmap()
         block = self.shell(index, length)
         block.layer.load_state_dict(
             {name: self.parameter(block, name) for name in block.layer.state_dict()}, assign=True

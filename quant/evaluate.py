@@ -3,8 +3,8 @@
 A figure is comparable with another only when all of this is the same: the text, tokenized once by
 the base model's tokenizer without special tokens; windows evenly spread over it; every position of
 a window but its last predicts the next token, with no context from elsewhere; weights and
-activations in float32, sums in float64. Only the inputs of layers that were made for quantized
-activations are rounded to 8 bits first, as the kernels that run them do.
+activations in float32, sums in float64. Only what a checkpoint was made to run with is rounded, as
+engines do: the inputs of layers for quantized activations, and keys and values by stored scales.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from qserve.quant.cached_decoder import with_stored_scales
 from qserve.quant.decoder import Decoder, OutputHead
 from qserve.quant.errors import CalibrationError, CheckpointError
 from qserve.quant.formats.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ class Evaluation:
     top1: share of positions where both models hold the same token most likely.
     ..._standard_error: over windows; NaN when there is only one.
     activations: what the inputs of the model's packed layers are rounded to, None for not at all.
+    kv_cache: the stored scales by which its keys and values are rounded, in words; None likewise.
     Fields that need a base model are None without one.
     """
 
@@ -50,6 +52,7 @@ class Evaluation:
     top1: float | None
     top1_standard_error: float | None
     activations: str | None
+    kv_cache: str | None
     seconds: float
 
 
@@ -68,7 +71,9 @@ def evaluate(
     the windows are longer than the context, ``CheckpointError`` when the models do not match.
     """
     started = time.perf_counter()
-    decoders = [Decoder(checkpoint) for checkpoint in (base, model) if checkpoint is not None]
+    decoders = [
+        with_stored_scales(checkpoint) for checkpoint in (base, model) if checkpoint is not None
+    ]
     vocabularies = {decoder.config.vocab_size for decoder in decoders}
     if len(vocabularies) > 1:
         raise CheckpointError(
@@ -85,6 +90,7 @@ def evaluate(
     return replace(
         compare(decoders, windows, progress)[-1],
         activations=None if model.activations is None else model.activations.value,
+        kv_cache=None if model.kv_cache is None else str(model.kv_cache),
         seconds=time.perf_counter() - started,
     )
 
@@ -182,5 +188,6 @@ def _summarize(scores: _Scores, windows: torch.Tensor, has_base: bool) -> Evalua
         top1=float(scores.agreement.mean()) if has_base else None,
         top1_standard_error=standard_error(scores.agreement) if has_base else None,
         activations=None,
+        kv_cache=None,
         seconds=0.0,
     )

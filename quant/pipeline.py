@@ -133,12 +133,7 @@ class _Run:
         )
         self._records = state.finished(with_hidden=self._profile.calibrated)
         self._calibration: Calibration | None = None
-        self._hidden: torch.Tensor | None = None  # [models, S, T, hidden_size], the float one last
         self._mixer = Mixer(decoder, options, plan) if options.is_limited else None
-        choose_grid = self._profile.choose_grid
-        self._quantize_block: BlockQuantizer = lambda block: rtn.quantize_block(
-            block, self._plan, choose_grid
-        )
         self._windows = None if options.tune is None else gather_windows(self._source, options)
         self._tuning: TuningReport | None = None
         self._total_bytes = 0
@@ -159,22 +154,6 @@ class _Run:
             self._calibration = Calibration.from_dict(kept)
         if self._mixer is not None:
             self._plan = self._mixer.plan(self._estimates(self._mixer, progress))
-        if not self._profile.calibrated:
-            return
-        embedded = as_stored(self._decoder.embed(self._calibration.windows.token_ids))
-        num_models = 2 if self._profile.steps.follow_float_model else 1
-        hidden = embedded.repeat(num_models, 1, 1, 1)
-        if self._records:
-            self._state.load_hidden_(len(self._records) - 1, hidden)
-        self._hidden = hidden
-        quantizer = CalibratedQuantizer(
-            hidden[0],
-            self._plan,
-            self._profile,
-            hidden[1] if num_models > 1 else None,
-            self._calibration.windows.counts,
-        )
-        self._quantize_block = quantizer.quantize_block
 
     def _estimates(self, mixer: Mixer, progress: ProgressCallback) -> Estimates:
         """What the candidates of every stage add to the divergence."""
@@ -189,25 +168,50 @@ class _Run:
 
     def quantize_blocks(self, progress: ProgressCallback) -> None:
         """Quantize and write every block that is not finished."""
+        hidden = self._received()
+        quantize_block = self._block_quantizer(hidden)
         started = time.perf_counter()
         done, total = len(self._records), self._decoder.num_blocks
         for index in range(done, total):
-            record = self._quantize(index)
+            record = self._quantize(index, quantize_block, hidden)
             self._records.append(record)
             pace = (time.perf_counter() - started) / (index + 1 - done)
             left = pace * (total - index - 1)
             short = sum(layer.num_borrowed > 0 for layer in record.layers)
             progress(Progress(Phase.QUANTIZE, index + 1, total, left, record.error, short))
 
-    def _quantize(self, index: int) -> BlockRecord:
+    def _received(self) -> torch.Tensor | None:
+        """What the next block receives: ``[models, S, T, hidden_size]``, the float model last.
+
+        None where nothing is calibrated.
+        """
+        if not self._profile.calibrated or self._calibration is None:
+            return None
+        embedded = as_stored(self._decoder.embed(self._calibration.windows.token_ids))
+        hidden = embedded.repeat(2 if self._profile.steps.follow_float_model else 1, 1, 1, 1)
+        if self._records:
+            self._state.load_hidden_(len(self._records) - 1, hidden)
+        return hidden
+
+    def _block_quantizer(self, hidden: torch.Tensor | None) -> BlockQuantizer:
+        """What makes codes of one block after the other, and of ``hidden`` what leaves it."""
+        if hidden is None or self._calibration is None:
+            return lambda block: rtn.quantize_block(block, self._plan, self._profile.choose_grid)
+        exact = hidden[1] if len(hidden) > 1 else None
+        counts = self._calibration.windows.counts
+        return CalibratedQuantizer(
+            hidden[0], self._plan, self._profile, exact, counts
+        ).quantize_block
+
+    def _quantize(
+        self, index: int, quantize_block: BlockQuantizer, hidden: torch.Tensor | None
+    ) -> BlockRecord:
         """Quantize, write and keep one block, of which nothing stays in memory."""
-        length = 1 if self._hidden is None else self._hidden.shape[2]
-        block = self._decoder.block(index, length)
-        result = self._quantize_block(block)
+        block = self._decoder.block(index, 1 if hidden is None else hidden.shape[2])
+        result = quantize_block(block)
         block.release_(result.weights)
         return_freed()
-        record = self._write_block(block, result)
-        return self._state.commit(index, record, self._hidden)
+        return self._state.commit(index, self._write_block(block, result), hidden)
 
     def _write_block(self, block: Block, result: BlockResult) -> BlockRecord:
         schemes: dict[str, LayerScheme] = {}

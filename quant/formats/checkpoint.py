@@ -99,6 +99,14 @@ class Checkpoint:
                 )
         return found
 
+    def unmap(self) -> None:
+        """Let go of the mapped files: what has been read of them counts as memory until then.
+
+        They are opened again when something is read, and tensors that were given stay what they
+        are, so it is a matter of memory alone.
+        """
+        self._files.clear()
+
     def _open(self, path: Path) -> Any:
         if path not in self._files:
             try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from qserve.quant.decoder import OutputHead
+from qserve.quant.decoder import Decoder, OutputHead
 
 POSITIONS_AT_ONCE = 128
 """Positions whose logits are in memory at once: 25 MB for a vocabulary of 49152."""
@@ -15,17 +15,14 @@ POSITIONS_AT_ONCE = 128
 class Divergence:
     """KL(float || tuned) in nats, by what the output heads of the two models receive.
 
-    Hidden states are float32 ``[..., hidden_size]``, normed; means are over all positions.
+    Hidden states are float32 ``[..., hidden_size]``, normed; means are over all positions. Heads
+    are as large as many blocks, so they are in memory only while they are used.
     arithmetic: the type of products where a gradient is asked for.
     """
 
-    def __init__(
-        self, float_head: OutputHead, tuned_head: OutputHead, arithmetic: torch.dtype
-    ) -> None:
-        self._exact = float_head, tuned_head
-        self._fast = tuple(
-            replace(head, weight=head.weight.to(arithmetic)) for head in (float_head, tuned_head)
-        )
+    def __init__(self, base: Decoder, tuned: Decoder, arithmetic: torch.dtype) -> None:
+        self._decoders = base, tuned
+        self._arithmetic = arithmetic
 
     def mean(self, target: torch.Tensor, hidden: torch.Tensor) -> float:
         """How far ``hidden`` is from the float model's ``target``."""
@@ -46,7 +43,7 @@ class Divergence:
         self, target: torch.Tensor, hidden: torch.Tensor, gradient: torch.Tensor | None
     ) -> float:
         """The sum over positions, whose gradient is written to ``gradient``."""
-        float_head, head = self._exact if gradient is None else self._fast
+        float_head, head = self._heads(torch.float32 if gradient is None else self._arithmetic)
         targets, rows = target.flatten(0, -2), hidden.flatten(0, -2)
         total = 0.0
         for start in range(0, len(rows), POSITIONS_AT_ONCE):
@@ -62,3 +59,8 @@ class Divergence:
                     excess *= 1 - (logits / head.soft_cap).square_()
                 gradient.flatten(0, -2)[piece] = torch.mm(excess.to(head.weight.dtype), head.weight)
         return total
+
+    def _heads(self, arithmetic: torch.dtype) -> list[OutputHead]:
+        """Of the float model and of the tuned one."""
+        heads = (decoder.head() for decoder in self._decoders)
+        return [replace(head, weight=head.weight.to(arithmetic)) for head in heads]

@@ -110,7 +110,7 @@ class _Session:
         self._tuned = TunedDecoder(packed, self.arithmetic)
         self._float = Decoder(source)
         self._windows = windows
-        self._divergence = Divergence(self._float.head(), self._tuned.head(), self.arithmetic)
+        self._divergence = Divergence(self._float, self._tuned, self.arithmetic)
         self._expected = final_hidden(self._float, windows.held_back.token_ids, _nothing)
         self._average = self._tuned.unmoved()
         self._state = {n: share.clone().requires_grad_() for n, share in self._average.items()}

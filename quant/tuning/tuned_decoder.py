@@ -108,6 +108,7 @@ class TunedDecoder(Decoder):
         return changed
 
     def _run(self, index: int, length: int, hidden: torch.Tensor, state: State) -> torch.Tensor:
+        self.checkpoint.unmap()
         block = self.shell(index, length)
         parameters = dict(self._moved_parameters(block, state))
         with torch.autocast("cpu", self._arithmetic, self._arithmetic is not torch.float32):

@@ -72,6 +72,16 @@ def test_quantized_activations_are_told(
     assert "activations rounded" not in done.out
 
 
+def test_stored_scales_of_keys_and_values_are_told(
+    tiny_llama: Path, text: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    out = tmp_path / "out"
+    asked = ("--int4", "--kv-cache", "fp8", "--samples", "2", "--seq-len", "32", "--threads", "1")
+    assert qserve("quantize", tiny_llama, "-o", out, *asked).code == ExitCode.OK
+    done = qserve("eval", out, "--text", text, *FEW)
+    assert re.search(r"keys and values rounded to\s+fp8, a scale for each head", done.out)
+
+
 def test_without_a_base_there_is_a_perplexity_only(
     tiny_llama: Path, text: Path, qserve: Callable[..., Any]
 ) -> None:

@@ -53,6 +53,20 @@ def test_tensors_are_found_in_their_shards(tmp_path: Path, index: bool) -> None:
     assert "d.weight" not in checkpoint
 
 
+def test_mapped_files_are_let_go_and_opened_again(tmp_path: Path) -> None:
+    def is_mapped() -> bool:
+        return str(tmp_path / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    model = write_shards(tmp_path, {"model.safetensors": ["a", "b"]}, index=False)
+    held = model.tensor("b")
+    model.unmap()
+    assert is_mapped()
+    assert held.tolist() == [1.0]
+    del held
+    assert not is_mapped()
+    assert model.tensor("b").tolist() == [1.0]
+
+
 def test_files_beside_the_model_are_not_read(tmp_path: Path) -> None:
     write_shards(tmp_path, {"model.safetensors": ["a"], "consolidated.safetensors": ["a"]}, False)
     assert list(Checkpoint(tmp_path)) == ["a"]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from qserve.kernels.activations import Activations, round_activations
 from qserve.quant.decoder import Decoder
 from qserve.quant.errors import CalibrationError, CheckpointError
 from qserve.quant.evaluate import Evaluation, compare, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import Method, QuantizeOptions
+from qserve.quant.options import KvCache, Method, QuantizeOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import Phase, Progress, ignore_progress
 from qserve.quant.windows import tokenize
@@ -75,11 +78,12 @@ def test_figures_are_those_of_the_definition(
         top1=float(agreement.mean()),
         top1_standard_error=float(agreement.std() / math.sqrt(NUM_WINDOWS)),
         activations=None,
+        kv_cache=None,
         seconds=found.seconds,
     )
     assert expected.kl is not None and expected.kl > 0.01
-    assert found.activations is None
-    for field in set(Evaluation.__slots__) - {"activations"}:
+    assert found.activations is None and found.kv_cache is None
+    for field in set(Evaluation.__slots__) - {"activations", "kv_cache"}:
         assert getattr(found, field) == pytest.approx(getattr(expected, field), rel=1e-4), field
 
 
@@ -118,22 +122,83 @@ def test_what_was_made_for_quantized_activations_is_judged_with_them(
     assert written.activations is not None
     assert found.activations == written.activations.value
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    model = filled(tiny_llama, written)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and written.describe(name) is not None:
+            module.register_forward_pre_hook(_rounding(written.activations))
+    ids = expected_windows(tiny_llama, text)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    # Rounding is a step: sums in another order move a few values to the next code.
+    assert found.kl == pytest.approx(divergence(tiny_llama, ids, logits), rel=0.02)
+
+
+class RoundedCache(DynamicCache):
+    """Keeps int8 keys and values by the scales of a checkpoint, a tensor a layer and kind."""
+
+    def __init__(self, scales: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        self._scales = scales
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Round, and keep what is left."""
+
+        def rounded(kind: str, rows: torch.Tensor) -> torch.Tensor:
+            scale = self._scales[f"model.layers.{layer_idx}.self_attn.{kind}_scale"]
+            return (rows / scale).round().clamp(-127, 127) * scale
+
+        found: tuple[torch.Tensor, torch.Tensor] = super().update(
+            rounded("k", key_states), rounded("v", value_states), layer_idx
+        )
+        return found
+
+
+@pytest.mark.parametrize("per_head", [True, False])
+def test_stored_scales_round_keys_and_values(
+    per_head: bool, tiny_llama: Path, text: str, tmp_path: Path
+) -> None:
+    options = QuantizeOptions(method=Method.INT8, kv_cache=KvCache.INT8, num_samples=8, seq_len=64)
+    quantize(Checkpoint(tiny_llama), tmp_path, options, ignore_progress)
+    state = load_file(tmp_path / "model.safetensors")
+    scales = {n: 8 * s for n, s in state.items() if n.endswith(("k_scale", "v_scale"))}
+    if not per_head:  # as llm-compressor writes them
+        scales = {name: scale.amax().view(1) for name, scale in scales.items()}
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization_config"]["kv_cache_scheme"]["strategy"] = "tensor"
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state | scales, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    written, base = Checkpoint(tmp_path), Checkpoint(tiny_llama)
+    found = evaluate(written, base, text, NUM_WINDOWS, SEQ_LEN, ignore_progress)
+    assert found.kv_cache == f"int8, a scale for each {'head' if per_head else 'layer'}"
+    ids = expected_windows(tiny_llama, text)
+    with torch.no_grad():
+        logits = filled(tiny_llama, written)(ids, past_key_values=RoundedCache(scales)).logits
+    assert found.kl == pytest.approx(divergence(tiny_llama, ids, logits), rel=0.02)
+
+
+def filled(folder: Path, packed: Checkpoint) -> Any:
+    """The float model with the weights that a packed checkpoint of it stands for."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, module in model.named_modules():
         if ".layers." in name and hasattr(module, "weight"):
-            stored = written.linear(name)
-            if isinstance(stored, torch.Tensor):
-                module.weight.data = stored.float()
-            else:
-                module.weight.data = stored.dequantize()
-                module.register_forward_pre_hook(_rounding(written.activations))
-    ids = expected_windows(tiny_llama, text)
-    base_log_probs = log_probs(tiny_llama, ids)
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits[:, :-1].double().log_softmax(-1)
-    kl = float((base_log_probs.exp() * (base_log_probs - expected)).sum(-1).mean())
-    # Rounding is a step: sums in another order move a few values to the next code.
-    assert found.kl == pytest.approx(kl, rel=0.02)
+            stored = packed.linear(name)
+            weight = stored if isinstance(stored, torch.Tensor) else stored.dequantize()
+            module.weight.data = weight.float()
+    return model
+
+
+def divergence(folder: Path, ids: torch.Tensor, logits: torch.Tensor) -> float:
+    """The mean KL of predictions from those of the float model in a folder."""
+    base, model = log_probs(folder, ids), logits[:, :-1].double().log_softmax(-1)
+    return float((base.exp() * (base - model)).sum(-1).mean())
 
 
 def _rounding(activations: Activations) -> Callable[..., tuple[torch.Tensor]]:

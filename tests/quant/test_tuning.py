@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from qserve.quant.formats.registry import OutputFormat, make_writer
 from qserve.quant.methods import profile_of
 from qserve.quant.options import CalibrationSource, Method, QuantizeOptions, TuneOptions
 from qserve.quant.pipeline import quantize
-from qserve.quant.progress import Progress, ignore_progress
+from qserve.quant.progress import Progress, ProgressCallback, ignore_progress
 from qserve.quant.report import TuningReport
 from qserve.quant.tuning import session
 from qserve.quant.tuning.divergence import Divergence
@@ -34,6 +34,7 @@ from qserve.quant.windows import Windows
 MakeLlama = Callable[..., Path]
 SCALES = ("scales", "weight_scale", "absmax", "nested_absmax", "SCB")
 LENGTH = 24
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,45 @@ def packed(
     return pack(tiny_llama, options, tmp_path_factory.mktemp("packed"))
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A float model, what was packed of it, and the text to tune that on.
+
+    place: an empty folder to write to.
+    """
+
+    model: Path
+    packed: Path
+    options: QuantizeOptions
+    windows: TuningWindows
+    place: Path
+
+    def tuned(
+        self, limit: TuneOptions, progress: ProgressCallback = ignore_progress
+    ) -> tuple[Path, TuningReport]:
+        """A copy of what was packed that has been tuned, and what was done."""
+        folder = self.place / f"tuned-{len(list(self.place.iterdir()))}"
+        shutil.copytree(self.packed, folder)
+        profile = profile_of(self.options)
+        writer = make_writer(profile.output, "", activations=profile.activations)
+        source = Checkpoint(self.model)
+        return folder, session.tune(folder, source, self.windows, limit, writer, progress)
+
+    def changed(self, folder: Path) -> set[str]:
+        """The tensors that are others than in what was packed, all being of the same kind."""
+        old, new = (load_file(one / WEIGHTS) for one in (self.packed, folder))
+        assert {n: (t.dtype, t.shape) for n, t in old.items()} == {
+            n: (t.dtype, t.shape) for n, t in new.items()
+        }
+        return {name for name in old if not torch.equal(old[name], new[name])}
+
+
 @pytest.fixture
-def windows(tiny_llama: Path, options: QuantizeOptions) -> TuningWindows:
-    """A few of the windows that there are."""
+def subject(tiny_llama: Path, packed: Path, options: QuantizeOptions, tmp_path: Path) -> Subject:
+    """The tiny model, with a few of the windows that there are."""
     found = gather_windows(Checkpoint(tiny_llama), options)
-    return TuningWindows(found.learned[:24], found.learned[-16:])
+    windows = TuningWindows(found.learned[:24], found.learned[-16:])
+    return Subject(tiny_llama, packed, options, windows, tmp_path)
 
 
 def pack(model: Path, options: QuantizeOptions, out: Path) -> Path:
@@ -61,104 +96,63 @@ def pack(model: Path, options: QuantizeOptions, out: Path) -> Path:
     return out
 
 
-def tune(
-    folder: Path, model: Path, windows: TuningWindows, options: QuantizeOptions, limit: TuneOptions
-) -> TuningReport:
-    profile = profile_of(options)
-    writer = make_writer(profile.output, "", activations=profile.activations)
-    return session.tune(folder, Checkpoint(model), windows, limit, writer, ignore_progress)
-
-
-def changed_tensors(before: Path, after: Path) -> set[str]:
-    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
-    assert {n: (t.dtype, t.shape) for n, t in old.items()} == {
-        n: (t.dtype, t.shape) for n, t in new.items()
-    }
-    return {name for name in old if not torch.equal(old[name], new[name])}
-
-
 def test_tuning_brings_the_model_nearer_and_changes_scales_and_norms_alone(
-    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
+    subject: Subject,
 ) -> None:
-    folder = shutil.copytree(packed, tmp_path / "tuned")
-    report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=12))
+    folder, report = subject.tuned(TuneOptions(steps=12))
     assert (report.steps, report.num_windows) == (12, 12 * session.WINDOWS_AT_ONCE)
     assert 0 < report.kept_step <= 12
     assert report.kl_after < 0.99 * report.kl_before
-    changed = changed_tensors(packed, folder)
+    changed = subject.changed(folder)
     assert {name.rpartition(".")[2] for name in changed} == {"scales", "weight"}
     assert all("norm" in name for name in changed if name.endswith("weight"))
     assert len(changed) == 2 * 7 + 5
 
 
-def test_what_the_report_says_is_what_the_file_gives(
-    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(packed, tmp_path / "tuned")
-    report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=3))
-    base, tuned = Decoder(Checkpoint(tiny_llama)), Decoder(Checkpoint(folder))
-    expected, hidden = (
-        final_hidden(d, windows.held_back.token_ids, lambda: None) for d in (base, tuned)
-    )
-    measured = Divergence(base.head(), tuned.head(), torch.float32).mean(expected, hidden)
+def test_what_the_report_says_is_what_the_file_gives(subject: Subject) -> None:
+    folder, report = subject.tuned(TuneOptions(steps=3))
+    base, tuned = Decoder(Checkpoint(subject.model)), Decoder(Checkpoint(folder))
+    token_ids = subject.windows.held_back.token_ids
+    expected, hidden = (final_hidden(d, token_ids, lambda: None) for d in (base, tuned))
+    measured = Divergence(base, tuned, torch.float32).mean(expected, hidden)
     assert measured == pytest.approx(report.kl_after, rel=1e-6)
 
 
-def test_the_same_number_of_steps_gives_the_same_bytes(
-    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
-) -> None:
-    folders = [shutil.copytree(packed, tmp_path / name) for name in ("first", "second")]
-    for folder in folders:
-        tune(folder, tiny_llama, windows, options, TuneOptions(steps=3))
-    first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
-    assert first == second != (packed / "model.safetensors").read_bytes()
+def test_the_same_number_of_steps_gives_the_same_bytes(subject: Subject) -> None:
+    folders = [subject.tuned(TuneOptions(steps=3))[0] for _ in range(2)]
+    first, second = ((folder / WEIGHTS).read_bytes() for folder in folders)
+    assert first == second != (subject.packed / WEIGHTS).read_bytes()
 
 
 def test_a_run_that_the_clock_ended_repeats_by_its_steps(
-    packed: Path,
-    tiny_llama: Path,
-    windows: TuningWindows,
-    options: QuantizeOptions,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = [shutil.copytree(packed, tmp_path / name) for name in ("timed", "counted")]
     with monkeypatch.context() as patched:
         seconds = count()
         patched.setattr(time, "perf_counter", lambda: next(seconds))
-        timed = tune(folders[0], tiny_llama, windows, options, TuneOptions(minutes=0.5))
+        folder, timed = subject.tuned(TuneOptions(minutes=0.5))
     assert 0 < timed.kept_step == timed.steps < session.STEPS_BETWEEN_JUDGEMENTS
-    counted = tune(folders[1], tiny_llama, windows, options, TuneOptions(steps=timed.steps))
+    other, counted = subject.tuned(TuneOptions(steps=timed.steps))
     assert replace(counted, seconds=timed.seconds) == timed
-    first, second = ((folder / "model.safetensors").read_bytes() for folder in folders)
-    assert first == second
+    assert (folder / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
 
 
 def test_nothing_changes_when_nothing_is_better(
-    packed: Path,
-    tiny_llama: Path,
-    windows: TuningWindows,
-    options: QuantizeOptions,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "SCALE_RATE", -0.05)  # learns to be worse
     monkeypatch.setattr(session, "STEPS_BETWEEN_JUDGEMENTS", 1)
-    folder = shutil.copytree(packed, tmp_path / "tuned")
-    report = tune(folder, tiny_llama, windows, options, TuneOptions(steps=50))
+    folder, report = subject.tuned(TuneOptions(steps=50))
     assert (report.steps, report.kept_step) == (session.PATIENCE, 0)
     assert report.kl_after == report.kl_before
-    assert not changed_tensors(packed, folder)
+    assert not subject.changed(folder)
 
 
-def test_minutes_that_are_over_before_the_first_step_change_nothing(
-    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(packed, tmp_path / "tuned")
-    report = tune(folder, tiny_llama, windows, options, TuneOptions(minutes=1e-6))
+def test_minutes_that_are_over_before_the_first_step_change_nothing(subject: Subject) -> None:
+    folder, report = subject.tuned(TuneOptions(minutes=1e-6))
     assert report.steps == 0
     assert "give more minutes" in str(report)
-    assert not changed_tensors(packed, folder)
+    assert not subject.changed(folder)
 
 
 @pytest.mark.parametrize(
@@ -174,30 +168,27 @@ def test_minutes_that_are_over_before_the_first_step_change_nothing(
 def test_every_format_keeps_its_codes(
     method: Method,
     output: OutputFormat | None,
-    tiny_llama: Path,
-    windows: TuningWindows,
-    options: QuantizeOptions,
-    tmp_path: Path,
+    subject: Subject,
+    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     falling = count(0, -1)
     monkeypatch.setattr(Divergence, "mean", lambda *_: next(falling))
-    options = replace(options, method=method, output=output)
-    (tmp_path / "packed").mkdir()
-    before = pack(tiny_llama, options, tmp_path / "packed")
-    folder = shutil.copytree(before, tmp_path / "tuned")
-    tune(folder, tiny_llama, windows, options, TuneOptions(steps=2))
-    changed = changed_tensors(before, folder)
+    options = replace(subject.options, method=method, output=output)
+    packed = pack(subject.model, options, tmp_path_factory.mktemp("packed"))
+    other = replace(subject, packed=packed, options=options)
+    changed = other.changed(other.tuned(TuneOptions(steps=2))[0])
     assert {n for n in changed if not n.endswith(SCALES)} == {n for n in changed if "norm" in n}
     assert any(name.endswith(SCALES) for name in changed)
 
 
 def gradients(
-    packed: Path, source: Path, windows: Windows
+    subject: Subject, windows: Windows
 ) -> tuple[dict[str, torch.Tensor], Callable[[dict[str, torch.Tensor]], float]]:
     """The gradient of the divergence by ``learn``, and the divergence as a function of a state."""
-    tuned, base = TunedDecoder(Checkpoint(packed), torch.float32), Decoder(Checkpoint(source))
-    divergence = Divergence(base.head(), tuned.head(), torch.float32)
+    tuned = TunedDecoder(Checkpoint(subject.packed), torch.float32)
+    base = Decoder(Checkpoint(subject.model))
+    divergence = Divergence(base, tuned, torch.float32)
     target = final_hidden(base, windows.token_ids, lambda: None)
     start = tuned.unmoved()
 
@@ -215,20 +206,14 @@ def gradients(
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_the_gradient_is_that_of_the_divergence(
-    kind: str,
-    packed: Path,
-    tiny_llama: Path,
-    options: QuantizeOptions,
-    make_tiny_llama: MakeLlama,
-    windows: TuningWindows,
-    tmp_path: Path,
+    kind: str, subject: Subject, make_tiny_llama: MakeLlama, tmp_path: Path
 ) -> None:
-    model = tiny_llama
     if kind == "gemma2":
         caps = {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 5.0}
         model = make_tiny_llama(model_class=Gemma2ForCausalLM, tie_word_embeddings=True, **caps)
-        packed = pack(model, options, tmp_path)
-    found, measure = gradients(packed, model, windows.learned[:1])
+        packed = pack(model, subject.options, tmp_path)
+        subject = replace(subject, model=model, packed=packed)
+    found, measure = gradients(subject, subject.windows.learned[:1])
     names = ["model.norm.weight", *(n for n in found if n.startswith("model.layers.0."))]
     assert len(names) == 1 + 7 + (4 if kind == "gemma2" else 2)
     for name in names:
@@ -241,14 +226,10 @@ def test_the_gradient_is_that_of_the_divergence(
         assert slope == pytest.approx(float(found[name].norm()), rel=0.02), name
 
 
-def test_progress_is_told_in_steps_or_in_seconds(
-    packed: Path, tiny_llama: Path, windows: TuningWindows, options: QuantizeOptions, tmp_path: Path
-) -> None:
+def test_progress_is_told_in_steps_or_in_seconds(subject: Subject) -> None:
     told: list[Progress] = []
-    folder = shutil.copytree(packed, tmp_path / "tuned")
-    writer = make_writer(OutputFormat.AWQ, "")
     for limit in (TuneOptions(steps=2), TuneOptions(steps=1, minutes=5)):
-        session.tune(folder, Checkpoint(tiny_llama), windows, limit, writer, told.append)
+        subject.tuned(limit, told.append)
     assert [(step.done, step.total) for step in told[:2]] == [(1, 2), (2, 2)]
     assert [step.total for step in told[2:]] == [300, 300]
     assert told[2].done == 0
@@ -282,14 +263,12 @@ def test_tuning_needs_an_end() -> None:
             TuneOptions(**wrong)
 
 
-def test_only_what_counts_is_learned_from(
-    packed: Path, tiny_llama: Path, windows: TuningWindows
-) -> None:
-    some = windows.learned[:2]
+def test_only_what_counts_is_learned_from(subject: Subject) -> None:
+    some = subject.windows.learned[:2]
     counts = torch.arange(LENGTH).expand(2, -1) < LENGTH // 2
     others = torch.where(counts, some.token_ids, some.token_ids.flip(1))
     first, second, whole = (
-        gradients(packed, tiny_llama, one)[0]["model.layers.0.mlp.up_proj"]
+        gradients(subject, one)[0]["model.layers.0.mlp.up_proj"]
         for one in (Windows(some.token_ids, counts), Windows(others, counts), some)
     )
     assert torch.equal(first, second)
