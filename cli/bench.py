@@ -100,7 +100,8 @@ def kernels(ops: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure every op on the shapes of a real model, beside what this machine can do.
 
     Times are the 20th, 50th and 80th percentile, rates those of the 50th. The share is of the
-    shortest time that the rates of reading and multiplying allow, which are measured first.
+    shortest time that the rates of reading and multiplying allow, which are measured first; it is
+    above 1 where caches hold what is read.
     """
     import torch
 

@@ -35,15 +35,17 @@ def judge(model: str, engines: str | None, mended: Path | None, as_json: bool) -
         raise click.UsageError("--check, --repair and --for take a folder or a hub id, not GGUF")
     source = resolve_model(model, cache=cache_folder(os.environ), notice=say)
     checkpoint, findings = check_checkpoint(source.folder)
-    verdicts = judge_for(checkpoint, engines.split(",")) if engines else []
+    verdicts = [] if engines is None else judge_for(checkpoint, engines.split(","))
     if as_json:
         _print_json(findings, verdicts)
     else:
         _print_findings(findings)
         _print_verdicts(verdicts)
     if mended is not None:
-        _repair(checkpoint, findings, mended)
-        return
+        if any(finding.remedy for finding in findings):
+            _repair(checkpoint, findings, mended)
+            return
+        say("nothing can be mended: no copy is written")
     num_errors = sum(finding.severity.value == "error" for finding in findings)
     refused = [verdict.engine for verdict in verdicts if verdict.refusals]
     if num_errors:
@@ -56,9 +58,6 @@ def _repair(checkpoint: Checkpoint, findings: Sequence[Finding], out: Path) -> N
     from qserve.quant.output import publish
     from qserve.quant.repair import repair
 
-    if not any(finding.remedy for finding in findings):
-        say("nothing can be mended: no copy is written")
-        return
     with publish(out, protect=[checkpoint.folder]) as folder:
         left = repair(checkpoint, findings, folder)
     say(f"the mended copy is in {out}" + (f"; {len(left)} warnings stay" if left else ""))

@@ -34,7 +34,9 @@ MOST_LISTED = 24
 @click.command(short_help="Say what a quantization will cost and give.")
 @click.argument("model", required=False)
 @click.option("--recipe", type=click.Path(path_type=Path), help="Plan what this recipe asks for.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Check this folder too.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Check this folder and its disk too."
+)
 @quantize_options
 @threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
@@ -88,6 +90,8 @@ def _estimate(
     found = estimate(Decoder(source), options)
     if output is not None:
         check_output(output, force=True, protect=[source.folder])
+        if output.is_dir() and any(output.iterdir()):
+            say(f"{output} is not empty: `qserve quantize` replaces it with --force alone")
         _warn_of_space(output, found)
     return found
 

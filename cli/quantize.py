@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from qserve.quant.options import QuantizeOptions
     from qserve.quant.output import Draft
     from qserve.quant.progress import ProgressCallback
-    from qserve.quant.report import QuantizationReport
+    from qserve.quant.report import QuantizationReport, SizeReport
 
 
 @click.command(short_help="Quantize a model and write a checkpoint.")
@@ -155,13 +155,12 @@ def summarize(report: QuantizationReport, output: Path) -> dict[str, Any]:
 
 def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
     sizes = report.sizes
-    ratio = sizes.source_bytes / sizes.quantized_bytes
     num_differing = sum(bool(layer.reason) for layer in report.layers)
     differing = f"; {num_differing} by a choice of their own" if num_differing else ""
     rows = [
         ("written to", summary["output"]),
         ("size before", format_bytes(sizes.source_bytes)),
-        ("size after", f"{format_bytes(sizes.quantized_bytes)} ({ratio:.2f} times smaller)"),
+        ("size after", _describe_size(sizes)),
         ("bits per weight, quantized layers", f"{sizes.bits_per_weight:.3f}"),
         ("quantized layers", f"{len(report.layers)}, {_groups(report.group_size)}{differing}"),
         ("layers left in 16 bits", len(report.skipped)),
@@ -173,6 +172,16 @@ def _print_summary(summary: dict[str, Any], report: QuantizationReport) -> None:
         ("report", summary["report"]),
     ]
     print_table(f"{report.method.upper()}, {report.bits} bits", ("", ""), rows)
+
+
+def _describe_size(sizes: SizeReport) -> str:
+    """The size of the weights, and how it compares with what they were."""
+    before, after = sizes.source_bytes, sizes.quantized_bytes
+    larger = after > before  # a small model whose tied head was stored on its own
+    ratio = (
+        f"{after / before:.2f} times larger" if larger else f"{before / after:.2f} times smaller"
+    )
+    return f"{format_bytes(after)} ({ratio})"
 
 
 def _describe_experts(report: QuantizationReport) -> list[tuple[str, str]]:

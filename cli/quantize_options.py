@@ -41,7 +41,12 @@ def read_widths(_: click.Context, __: click.Parameter, value: str | None) -> tup
 
 def method_flag(name: str, text: str) -> Callable[[Command], Command]:
     """The option ``--name``, which stands for ``--method name``."""
-    return click.option(f"--{name}", "flags", flag_value=name, help=text)
+    return click.option(f"--{name}", _flag_of(name), is_flag=True, help=text)
+
+
+def _flag_of(name: str) -> str:
+    """Under which a command is told whether the flag of a method was given."""
+    return f"method_{name}"
 
 
 OPTIONS = (
@@ -250,8 +255,9 @@ def _read_effort(choices: dict[str, Any]) -> Effort:
 
 def _read_method(choices: dict[str, Any]) -> str:
     """The method that was named, by its flag or by ``--method``."""
-    flag, name = choices["flags"], choices["method"]
-    if flag and name and flag != name:
-        raise click.UsageError(f"--{flag} and --method {name} contradict each other: give one")
-    method: str = name or flag or METHODS[0]
-    return method
+    given = {name: f"--{name}" for name in METHODS if choices.get(_flag_of(name))}
+    if choices["method"] is not None:
+        given.setdefault(choices["method"], f"--method {choices['method']}")
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given.values())} contradict each other: give one")
+    return next(iter(given), METHODS[0])

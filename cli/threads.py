@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import click
 
+MAX_THREADS = 256
+"""As many as the native kernels' pool takes."""
+
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="CPU threads. Default: all cores."
+    "--threads", type=click.IntRange(1, MAX_THREADS), help="CPU threads. Default: all cores."
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,12 +50,7 @@ def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibratio
     Raises ``CalibrationError`` when the text cannot be read or is shorter than one window, or when
     a window is longer than the model's context.
     """
-    longest = decoder.config.max_position_embeddings
-    if options.seq_len > longest:
-        raise CalibrationError(
-            f"windows of {options.seq_len} tokens, the model was made for {longest}: "
-            "use a smaller seq_len"
-        )
+    check_calibration(decoder, options)
     if options.calibration is CalibrationSource.SELF:
         text = _generate(decoder, options)
     else:
@@ -76,6 +72,24 @@ def gather_calibration(decoder: Decoder, options: QuantizeOptions) -> Calibratio
         num_distinct_tokens=len(windows.token_ids[windows.counts].unique()),
     )
     return Calibration(windows, report)
+
+
+def check_calibration(decoder: Decoder, options: QuantizeOptions) -> None:
+    """Raise ``CalibrationError`` for what is wrong with the calibration before any of it is read:
+    a file that is not there, windows longer than the model's context."""
+    longest = decoder.config.max_position_embeddings
+    if options.seq_len > longest:
+        raise CalibrationError(
+            f"windows of {options.seq_len} tokens, the model was made for {longest}: "
+            "use a smaller seq_len"
+        )
+    if isinstance(options.calibration, Path):
+        try:
+            options.calibration.stat()
+        except OSError as error:
+            raise CalibrationError(
+                f"{options.calibration} cannot be read ({error.strerror}): give a text file"
+            ) from None
 
 
 def _generate(decoder: Decoder, options: QuantizeOptions) -> WindowText:

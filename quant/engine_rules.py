@@ -254,7 +254,7 @@ def judge(facts: Facts, engines: Iterable[str]) -> list[Verdict]:
     verdicts = []
     for engine in map(str.strip, engines):
         if engine not in VERSIONS:
-            raise OptionError(f"no rules for {engine!r}: choose of {', '.join(VERSIONS)}")
+            raise OptionError(f"no rules for {engine!r}: choose from {', '.join(VERSIONS)}")
         said = [rule for rule in RULES if engine in rule.engines and rule.applies(facts)]
         verdicts.append(
             Verdict(

@@ -11,26 +11,23 @@ import torch
 
 from qserve.quant.architecture import EXPERTS, Fold, Stage
 from qserve.quant.calibrated import MIN_TOKENS_PER_INPUT
-from qserve.quant.decoder import HEAD, Block, Decoder
+from qserve.quant.calibration import check_calibration
+from qserve.quant.decoder import Block, Decoder
 from qserve.quant.engine_rules import VERSIONS, Facts, Verdict, judge
 from qserve.quant.errors import CheckpointError
-from qserve.quant.formats.layer_format import PackedLayer
-from qserve.quant.formats.registry import OutputFormat, make_writer
-from qserve.quant.formats.writer import Writer
-from qserve.quant.grid import Rounded, nearest_levels
-from qserve.quant.inspection import dtype_bits
+from qserve.quant.formats.awq import AwqWriter
+from qserve.quant.formats.layer_format import HEAD, PackedLayer
+from qserve.quant.formats.writer import LayerScheme
 from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
+from qserve.quant.mixture import Mixer
 from qserve.quant.options import QuantizeOptions
 from qserve.quant.plan import Plan, SkippedLayer, block_name, make_plan
 from qserve.quant.stacked_rows import NUMBERS_AT_ONCE
 from qserve.quant.steps import Rounding, Transform
-from qserve.quant.target import StageSpec, divides
-
-SAMPLE_ROWS = (128, 256)
-"""Rows of a made-up weight that are packed to learn what a layer takes: size is linear in rows."""
+from qserve.quant.stored_size import PackedSizes, coded_head, unpacked_bytes
+from qserve.quant.target import Target, divides
 
 FLOAT_BYTES = 4
-STORED_BYTES = 2
 
 TRANSFORM_WINDOWS = 8
 SEARCHED_CANDIDATES = 63
@@ -99,7 +96,11 @@ def estimate(decoder: Decoder, options: QuantizeOptions) -> Estimate:
         )
     plan, profile = make_plan(decoder, options), profile_of(options)
     _check_headers(decoder)
-    sizes = _Sizes(decoder, plan, profile)
+    if profile.calibrated or options.is_limited:
+        check_calibration(decoder, options)
+    if options.is_limited:
+        Mixer(decoder, options, plan)  # refuses a limit that no choice meets
+    sizes = _Sizes(decoder, plan, options)
     costs = [
         _Costs(decoder.skeleton(index), profile, options) for index in range(decoder.num_blocks)
     ]
@@ -112,7 +113,7 @@ def estimate(decoder: Decoder, options: QuantizeOptions) -> Estimate:
         bits=options.code_bits,
         group_size=plan.group_size,
         num_blocks=decoder.num_blocks,
-        num_quantized_layers=len(sizes.layers),
+        num_quantized_layers=sizes.num_layers,
         skipped=plan.skipped,
         refused_group_sizes=_refused(decoder, profile),
         source_bytes=sum(path.stat().st_size for path in set(source.tensor_files.values())),
@@ -155,81 +156,41 @@ def _refused(decoder: Decoder, profile: Profile) -> dict[int, tuple[str, ...]]:
 
 
 class _Sizes:
-    """Bytes of the result, by packing a few made-up rows of every kind of layer."""
+    """Bytes of the result, and what engines ask of it."""
 
-    def __init__(self, decoder: Decoder, plan: Plan, profile: Profile) -> None:
+    def __init__(self, decoder: Decoder, plan: Plan, options: QuantizeOptions) -> None:
         self._plan = plan
-        self._profile = profile
-        self._writer = make_writer(
-            profile.output,
-            "",
-            activations=profile.activations,
-            dtype=decoder.architecture.dtype,
-        )
-        self._known: dict[tuple[StageSpec, int, int], float] = {}
-        blocks = {index: decoder.skeleton(index) for index in range(decoder.num_blocks)}
-        self.layers = {
-            block_name(index, name): (plan.specs[index, layer_set.name], block.linear(name))
-            for index, block in blocks.items()
-            for layer_set in block.layer_sets
-            if (index, layer_set.name) in plan.specs
-            for name in layer_set.linears
-        }
-        packed = {
-            name: self._packed_bytes(spec, layer.out_features, layer.in_features)
-            for name, (spec, layer) in self.layers.items()
-        }
-        weights = {name: layer.weight.numel() for name, (_, layer) in self.layers.items()}
-        self.bits_per_weight = 8 * sum(packed.values()) / sum(weights.values())
-        source = decoder.checkpoint
-        left = [
-            name
-            for name in source
-            if name.removesuffix(".weight") not in self.layers
-            and not (name == HEAD and decoder.is_tied)
-        ]
-        floats = sum(
-            math.prod(source.shape(name)) * _stored_bytes(source.dtype(name)) for name in left
-        )
-        self.total_bytes = round(sum(packed.values()) + floats)
+        self._writer = Target(options).writer
+        sizes = PackedSizes(self._writer)
+        self._schemes: dict[str, LayerScheme] = {}
+        packed, num_weights = {}, 0
+        for index, block in enumerate(map(decoder.skeleton, range(decoder.num_blocks))):
+            for layer_set in block.layer_sets:
+                spec = plan.specs.get((index, layer_set.name))
+                if spec is None:
+                    continue
+                for name in layer_set.linears:
+                    full_name, layer = block_name(index, name), block.linear(name)
+                    self._schemes[full_name] = spec.scheme(layer)
+                    packed[full_name] = sizes.num_bytes(layer, spec)
+                    num_weights += layer.weight.numel()
+        self.num_layers = len(packed)
+        self.bits_per_weight = 8 * sum(packed.values()) / num_weights
+        if plan.head is not None:
+            self._schemes[HEAD] = plan.head
+            packed[HEAD] = sizes.num_bytes(*coded_head(plan.head))
+        left = unpacked_bytes(decoder, packed)
+        self.total_bytes = sum(packed.values()) + sum(left.values())
 
     def facts(self) -> Facts:
         """What engines ask of the result."""
-        schemes = {name: spec.scheme(layer) for name, (spec, layer) in self.layers.items()}
-        block = self._writer.config_block(schemes, [layer.name for layer in self._plan.skipped])
+        skipped = [layer.name for layer in self._plan.skipped]
+        block = self._writer.config_block(self._schemes, skipped)
         layers = {
             name: PackedLayer(s.out_features, s.in_features, s.bits, s.group_size)
-            for name, s in schemes.items()
+            for name, s in self._schemes.items()
         }
-        is_gemm = self._profile.output is OutputFormat.AWQ
-        return Facts(block["quant_method"], block, layers, is_gemm)
-
-    def _packed_bytes(self, spec: StageSpec, num_rows: int, width: int) -> float:
-        key = (spec, num_rows, width)
-        if key not in self._known:
-            small, large = SAMPLE_ROWS
-            least = _encoded_bytes(self._writer, self._profile, spec, (small, width))
-            slope = (_encoded_bytes(self._writer, self._profile, spec, (large, width)) - least) / (
-                large - small
-            )
-            self._known[key] = least + slope * (num_rows - small)
-        return self._known[key]
-
-
-def _encoded_bytes(
-    writer: Writer, profile: Profile, spec: StageSpec, shape: tuple[int, int]
-) -> int:
-    """Bytes of a made-up weight as the format stores it."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(0.02)
-    groups = values.unflatten(1, (-1, spec.width(shape[1])))
-    grid = profile.choose_grid(groups, spec.levels).settled()
-    packed = writer.encode(Rounded(nearest_levels(groups, grid), grid).pack())
-    return sum(tensor.nbytes for tensor in packed.values())
-
-
-def _stored_bytes(dtype: str) -> int:
-    """Bytes of an element as it is stored: floats become 16 bits wide."""
-    return STORED_BYTES if dtype.startswith(("F", "BF")) else dtype_bits(dtype) // 8
+        return Facts(block["quant_method"], block, layers, isinstance(self._writer, AwqWriter))
 
 
 class _Costs:

@@ -23,12 +23,11 @@ from qserve.quant.errors import OptionError
 from qserve.quant.formats.layer_format import HEAD
 from qserve.quant.methods import WHOLE_ROW
 from qserve.quant.options import QuantizeOptions
-from qserve.quant.output_head import LEVELS
 from qserve.quant.overrides import FLOAT_BITS
 from qserve.quant.plan import Plan, SkippedLayer, block_name
 from qserve.quant.progress import ProgressCallback
 from qserve.quant.sensitivity import StageKey, measure_sensitivity
-from qserve.quant.stored_size import PackedSizes, bytes_beside, float_bytes
+from qserve.quant.stored_size import PackedSizes, bytes_beside, coded_head, float_bytes
 from qserve.quant.target import StageSpec, Target
 from qserve.quant.windows import Windows
 
@@ -152,10 +151,13 @@ class Mixer:
     def _candidate(self, layers: Sequence[nn.Linear], spec: StageSpec | None) -> Candidate:
         if spec is None:
             return Candidate(None, sum(map(float_bytes, layers)))
-        return Candidate(spec, sum(self._sizes.num_bytes(layer, spec) for layer in layers))
+        return Candidate(spec, sum(self._sizes.most_bytes(layer, spec) for layer in layers))
 
     def _find_limit(self, options: QuantizeOptions) -> int:
-        """Bytes that the sets may take together."""
+        """Bytes that the sets may take together.
+
+        Raises ``OptionError`` for fewer than they need, and for as many as 16 bits take.
+        """
         num_every, num_weights = (
             sum(layer.weight.numel() for key in keys for layer in self._layers[key].values())
             for keys in (self._layers, self._candidates)
@@ -177,10 +179,20 @@ class Mixer:
             limits.append(options.max_size - beside)
             if limits[-1] < smallest:
                 raise OptionError(
-                    f"{options.max_size} bytes: the smallest that the format holds for this model "
-                    f"is {smallest + beside}, of which {beside} are beside the quantized layers"
+                    f"{options.max_size:,} bytes: the smallest that the format holds for this "
+                    f"model is {smallest + beside:,}, of which {beside:,} are beside the quantized "
+                    "layers"
                 )
-        return min(limits)
+        limit = min(limits)
+        largest = [some[-1] for some in self._candidates.values()]
+        if all(one.spec is None for one in largest) and limit >= sum(
+            one.num_bytes for one in largest
+        ):
+            raise OptionError(
+                "the limit on the size leaves every layer its 16 bits: give a smaller one, or "
+                "leave 16 out of the widths"
+            )
+        return limit
 
     def _packed(self) -> dict[str, int]:
         """What files have for each layer that may be packed, beside the codes of the blocks."""
@@ -190,8 +202,7 @@ class Mixer:
                 headers[name] = self._sizes.header_bytes(layer, usual, name)
         head = self._plan.head
         if head is not None:
-            spec = StageSpec(LEVELS, head.group_size)
-            layer = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+            layer, spec = coded_head(head)
             size = self._sizes.num_bytes(layer, spec)
             headers[HEAD] = size + self._sizes.header_bytes(layer, spec, HEAD)
         return headers
@@ -205,8 +216,6 @@ class Mixer:
                 specs[key] = replace(choice.spec, reason=choice.spec.reason or reason)
             else:
                 skipped |= {name: SkippedLayer(name, reason) for name in self._layers[key]}
-        if not specs:
-            return self._plan
         settings = Counter((spec.levels.bits, spec.group_size) for spec in specs.values())
         bits, group_size = settings.most_common(1)[0][0]
         return replace(

@@ -224,13 +224,17 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in BITS[self.method]:
-            listed = " or ".join(map(str, BITS[self.method]))
-            raise OptionError(f"bits {self.bits}: {self.method.value} stores {listed}-bit weights")
+            listed = ", ".join(map(str, sorted(BITS[self.method])))
+            raise OptionError(
+                f"bits {self.bits}: {self.method.value} stores weights in {listed} bits"
+            )
         for name in ("num_samples", "max_shard_bytes"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} {getattr(self, name)}: expected a positive number")
         if not 0 < self.damping <= 1:
             raise OptionError(f"damping {self.damping}: expected a share above 0 and up to 1")
+        if not -(2**63) <= self.seed < 2**63:
+            raise OptionError(f"seed {self.seed}: expected a whole number of 64 bits")
         if self.seq_len < 2:
             raise OptionError(f"seq_len {self.seq_len}: expected at least 2 tokens")
         if self.assistant_only and isinstance(self.calibration, CalibrationSource):
@@ -249,7 +253,8 @@ class QuantizeOptions:
                 raise OptionError(f"{name} {value}: expected a positive number")
         if self.is_limited and self.bits is not None:
             raise OptionError(
-                f"bits {self.bits} and a limit on the size: give one; widths says what to choose of"
+                f"bits {self.bits} and a limit on the size: give one; widths says what to choose "
+                "from"
             )
         if self.is_limited and self.max_kl is not None:
             raise OptionError("max_kl may need more than a limit on the size leaves: give one")

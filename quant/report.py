@@ -99,8 +99,10 @@ class CalibrationReport:
         return self.num_taken_tokens / max(self.num_text_tokens, 1)
 
     def __str__(self) -> str:
+        few = self.num_windows < self.num_windows_asked
+        asked = f" ({self.num_windows_asked:,} asked for)" if few else ""
         what = (
-            f"{self.source}: {self.num_windows} windows, {self.num_taken_tokens:,} of "
+            f"{self.source}: {self.num_windows} windows{asked}, {self.num_taken_tokens:,} of "
             f"{self.num_text_tokens:,} tokens ({100 * self.coverage:.0f} %), "
             f"{self.num_documents} documents, {self.num_distinct_tokens:,} different tokens"
         )

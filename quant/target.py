@@ -54,12 +54,18 @@ class Target:
     """
 
     def __init__(self, options: QuantizeOptions) -> None:
+        """Raises ``OptionError`` for options that the format cannot state."""
         profile = profile_of(options)
         self.levels = profile.levels
         self.group_sizes = profile.group_sizes
         has_one_width = profile.activations is not None or profile.levels.codebook is not None
         self.widths = (self.levels.bits,) if has_one_width else CODE_BITS
-        self.writer = make_writer(profile.output, "", activations=profile.activations)
+        self.writer = make_writer(
+            profile.output,
+            "",
+            activations=profile.activations,
+            kv_cache=None if options.kv_cache is None else options.kv_cache.scheme,
+        )
 
     def spec(self, bits: int, group_size: int) -> StageSpec:
         """Codes of another width. group_size: -1 for one scale a row.

@@ -139,7 +139,7 @@ class AwqWriter:
     def refusal(self, scheme: LayerScheme) -> str | None:
         """See ``Writer``."""
         if scheme.coding is not Coding.INTEGER or scheme.bits != BITS:
-            return f"AWQ gemm holds 4-bit codes, got {scheme}"
+            return f"AWQ gemm holds 4-bit integer codes, got {scheme}"
         if scheme.activation_order or scheme.outer_scales:
             return "AWQ gemm holds neither activation order nor outer scales"
         if scheme.out_features % OUT_FEATURES_MULTIPLE:

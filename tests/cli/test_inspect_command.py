@@ -165,9 +165,24 @@ def test_what_cannot_be_mended_leaves_no_copy(
     assert not out.exists()
 
 
+def test_errors_without_a_remedy_count_with_repair_too(
+    rtn_llama: Path, tmp_path: Path, qserve: Callable[..., Any]
+) -> None:
+    broken, out = tmp_path / "broken", tmp_path / "out"
+    shutil.copytree(rtn_llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.scales"][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors")
+    done = qserve("inspect", broken, "--repair", out)
+    assert done.code == ExitCode.MODEL
+    assert "nothing can be mended: no copy is written" in done.err
+    assert not out.exists()
+
+
 def test_engines_without_rules_and_gguf_are_usage_errors(
     rtn_llama: Path, tmp_path: Path, qserve: Callable[..., Any]
 ) -> None:
-    assert qserve("inspect", rtn_llama, "--for", "ollama").code == ExitCode.USAGE
+    for engines in ("ollama", ""):
+        assert qserve("inspect", rtn_llama, "--for", engines).code == ExitCode.USAGE
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     assert qserve("inspect", tmp_path / "a.gguf", "--check").code == ExitCode.USAGE

@@ -54,6 +54,11 @@ def test_a_recipe_can_be_planned(qserve: Qserve, tiny_llama: Path, tmp_path: Pat
         (("no-such-model",), ExitCode.MODEL, "does not exist"),
         (("{model}", "--group-size", "128"), ExitCode.USAGE, "use a group size of 64 or 32"),
         (("{model}", "-o", "{model}"), ExitCode.OUTPUT, "is what is being read"),
+        (("{model}", "--kv-cache", "fp8"), ExitCode.USAGE, "awq cannot state key-value scales"),
+        (("{model}", "--calibration", "no.txt"), ExitCode.CALIBRATION, "no.txt cannot be read"),
+        (("{model}", "--seq-len", "513"), ExitCode.CALIBRATION, "513 tokens, the model was made"),
+        (("{model}", "--avg-bits", "2"), ExitCode.USAGE, "the smallest that the format holds"),
+        (("{model}", "--avg-bits", "16"), ExitCode.USAGE, "leaves every layer its 16 bits"),
     ],
 )
 def test_what_cannot_work_is_refused(

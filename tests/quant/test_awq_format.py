@@ -110,7 +110,7 @@ def test_gemm_tensors_under_another_name_are_refused(layout: Layout) -> None:
     ("weight", "message"),
     [
         (lambda: random_weight(out_features=48), "multiple of 32 outputs, got 48"),
-        (lambda: changed(random_weight(), bits=8), "4-bit codes, got 8"),
+        (lambda: changed(random_weight(), bits=8), "4-bit integer codes, got 8"),
         (lambda: changed(random_weight(), scale=1e-9), "zero, infinite or NaN"),
         (lambda: changed(random_weight(), scale=1e9), "zero, infinite or NaN"),
         (lambda: changed(random_weight(), code=16), r"\[0, 15\]"),

@@ -117,7 +117,7 @@ def test_every_rule_is_about_an_engine_that_has_a_version() -> None:
 
 
 def test_an_engine_without_rules_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="no rules for 'ollama': choose of vllm"):
+    with pytest.raises(OptionError, match="no rules for 'ollama': choose from vllm"):
         judge_for(write(tmp_path, AWQ), ["ollama"])
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,20 +15,29 @@ from qserve.quant.engine_rules import VERSIONS, judge_for
 from qserve.quant.errors import CheckpointError, OptionError
 from qserve.quant.estimate import estimate
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import Method, QuantizeOptions
+from qserve.quant.options import Head, KvCache, Method, QuantizeOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import ignore_progress
 
 MakeLlama = Callable[..., Path]
 
 
-@pytest.mark.parametrize(
-    "method", [Method.RTN, Method.GPTQ, Method.INT8, Method.NF4, Method.FLOAT8]
-)
+RUNS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": Method.RTN},
+    "gptq": {"method": Method.GPTQ},
+    "int8": {"method": Method.INT8},
+    "nf4": {"method": Method.NF4},
+    "fp8": {"method": Method.FLOAT8},
+    "a head": {"method": Method.GPTQ, "head": Head.INT8},
+    "scales of the cache": {"method": Method.INT4, "kv_cache": KvCache.INT8},
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_the_size_is_exact_to_one_percent_and_the_engines_are_those_of_the_result(
-    tiny_llama: Path, tiny_options: QuantizeOptions, tmp_path: Path, method: Method
+    tiny_llama: Path, tiny_options: QuantizeOptions, tmp_path: Path, run: dict[str, Any]
 ) -> None:
-    options = replace(tiny_options, method=method, group_size=None, num_samples=2)
+    options = replace(tiny_options, group_size=None, num_samples=2, **run)
     source = Checkpoint(tiny_llama)
     foretold = estimate(Decoder(source), options)
     report = quantize(source, tmp_path, options, ignore_progress)

@@ -137,8 +137,12 @@ def test_rows_of_llm_int8_differ_in_the_last_digit_of_their_scale_at_most(tmp_pa
 @pytest.mark.parametrize(
     ("output", "changes", "message"),
     [
-        (OutputFormat.AWQ, {"bits": 8}, "4-bit codes, got 8-bit integer codes in groups of 32"),
-        (OutputFormat.AWQ, {"coding": Coding.CODEBOOK}, "4-bit codes, got 4-bit codebook"),
+        (
+            OutputFormat.AWQ,
+            {"bits": 8},
+            "4-bit integer codes, got 8-bit integer codes in groups of 32",
+        ),
+        (OutputFormat.AWQ, {"coding": Coding.CODEBOOK}, "4-bit integer codes, got 4-bit codebook"),
         (OutputFormat.AWQ, {"out_features": 48}, "multiple of 32 outputs"),
         (OutputFormat.AWQ, {"activation_order": True}, "neither activation order"),
         (OutputFormat.AWQ, {"outer_scales": True}, "nor outer scales"),

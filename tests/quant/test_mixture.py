@@ -84,7 +84,7 @@ def test_sizes_are_known_before_anything_is_packed(
     decoder = Decoder(source)
     plan, sizes = make_plan(decoder, options), PackedSizes(Target(options).writer)
     expected = sum(
-        sizes.num_bytes(decoder.skeleton(index).linear(name), plan.specs[index, stage.name])
+        sizes.most_bytes(decoder.skeleton(index).linear(name), plan.specs[index, stage.name])
         for index in range(2)
         for stage in decoder.skeleton(index).stages
         for name in stage.linears
@@ -131,7 +131,7 @@ def test_a_size_of_the_files_holds(
     quantize(Checkpoint(tiny_llama), tmp_path, options, lambda _: None)
     written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert limit - 5_000 < written <= limit
-    with pytest.raises(OptionError, match=r"1000 bytes: the smallest .* beside the quantized"):
+    with pytest.raises(OptionError, match=r"1,000 bytes: the smallest .* beside the quantized"):
         mixed(tiny_llama, max_size=1000)
 
 

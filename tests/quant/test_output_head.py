@@ -69,7 +69,7 @@ def test_the_server_runs_the_stored_head(make_tiny_llama: MakeLlama, tmp_path: P
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        (Method.AWQ, "AWQ gemm holds 4-bit codes"),
+        (Method.AWQ, "AWQ gemm holds 4-bit integer codes"),
         (Method.NF4, "bitsandbytes"),
         (Method.FLOAT8, "do not go with"),
         (Method.QOQ, "QoQ holds 4-bit codes"),

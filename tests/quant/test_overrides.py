@@ -85,7 +85,11 @@ def test_the_common_group_size_is_that_of_the_layers_without_their_own(tiny_llam
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a width of other codes": ("down=8", {"method": Method.NF4}, "codes of 4 bits alone"),
-    "a width of another format": ("down=3", {"method": Method.AWQ}, "AWQ gemm holds 4-bit codes"),
+    "a width of another format": (
+        "down=3",
+        {"method": Method.AWQ},
+        "AWQ gemm holds 4-bit integer codes",
+    ),
     "groups stated once": ("down=group:32", {"method": Method.AWQ}, r"one group size .*\[32, 64\]"),
     "groups that do not divide": ("q_proj=group:128", {}, "64 inputs, .* multiple of 128"),
     "groups that no engine reads": ("down=group:48", {}, "group size 48: this method takes"),

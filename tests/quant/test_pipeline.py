@@ -241,6 +241,7 @@ def test_a_short_text_is_said_in_the_report(
     report = quantized(tiny_llama, tmp_path / "out", tiny_options, calibration=short)
     assert report.calibration is not None
     assert report.calibration.num_windows < report.calibration.num_windows_asked == 12
+    assert "windows (12 asked for)" in str(report.calibration)
 
 
 def test_large_checkpoints_are_written_in_several_files(
