@@ -19,6 +19,8 @@ void attend_split_of(const AttentionJob& job, const SplitWork& work) {
   SplitRows<float> wide;
   SplitNumbers numbers;
   find_rows(job.cache, work.blocks, work.kv_head, work.begin, span, rows);
+  fetch_rows(job.cache, rows.keys, span);
+  fetch_rows(job.cache, rows.values, span);
   find_numbers(job.cache, work.blocks, work.kv_head, work.begin, span, numbers);
   if (!job.direct) widen_rows(job, rows, span, spare, spare + kSplit * width, wide);
   for (int64_t h = 0; h < heads; ++h) scale_query(job, work.row, work.kv_head * heads + h, scores, q + h * width);

