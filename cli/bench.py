@@ -11,8 +11,8 @@ import click
 
 from qserve.cli.console import print_table, progress
 from qserve.cli.engine_options import engine_options, find_folder, read_engine_options
-from qserve.cli.quantities import format_bytes
 from qserve.cli.threads import threads_option
+from qserve.quant.quantities import format_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ import click
 from qserve.cli.cache import OFF, WEIGHT_CACHE_VARIABLE, weight_cache_folder
 from qserve.cli.console import print_table
 from qserve.cli.errors import CommandError, ExitCode
-from qserve.cli.quantities import format_bytes
+from qserve.quant.quantities import format_bytes
 
 if TYPE_CHECKING:
     from qserve.serve.cache_folder import Entry

@@ -13,7 +13,6 @@ import click
 from qserve.cli.console import print_table, progress, say
 from qserve.cli.demo_model import NAME
 from qserve.cli.demo_server import Answer, running_server
-from qserve.cli.quantities import format_bytes, format_seconds
 from qserve.quant.evaluate import Evaluation, evaluate
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.inspection import Inspection, inspect_checkpoint
@@ -21,6 +20,7 @@ from qserve.quant.options import QuantizeOptions
 from qserve.quant.output import publish
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import Progress, ProgressCallback
+from qserve.quant.quantities import format_bytes, format_seconds
 from qserve.quant.source import resolve_model
 from qserve.quant.windows import python_topics
 

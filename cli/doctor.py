@@ -16,8 +16,8 @@ import torch
 
 from qserve.cli.cache import WEIGHT_CACHE_VARIABLE, cache_folder, weight_cache_folder
 from qserve.cli.console import print_table
-from qserve.cli.quantities import format_bytes
 from qserve.kernels import backend, native
+from qserve.quant.quantities import format_bytes
 
 PACKAGES = ("qserve-llm", "torch", "triton", "transformers", "tokenizers", "safetensors", "uvicorn")
 # Of the many flags of a processor, those that one of our kernels looks at.

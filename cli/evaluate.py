@@ -13,8 +13,8 @@ import click
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, progress, say
-from qserve.cli.quantities import format_seconds
 from qserve.cli.threads import threads_option, use_threads
+from qserve.quant.quantities import format_seconds
 
 if TYPE_CHECKING:
     from qserve.quant.evaluate import Evaluation

@@ -13,7 +13,7 @@ import click
 from qserve.cli.cache import cache_folder
 from qserve.cli.checkpoint_verdict import judge
 from qserve.cli.console import print_table, say
-from qserve.cli.quantities import format_bytes
+from qserve.quant.quantities import format_bytes
 
 if TYPE_CHECKING:
     from qserve.quant.inspection import Inspection, Layer

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from qserve.cli.console import progress
-from qserve.cli.quantities import format_seconds
+from qserve.quant.quantities import format_seconds
 
 if TYPE_CHECKING:
     from qserve.quant.progress import Phase, Progress

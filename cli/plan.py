@@ -16,9 +16,9 @@ from click.core import ParameterSource
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
-from qserve.cli.quantities import format_bytes, format_seconds
 from qserve.cli.quantize_options import quantize_options, read_options
 from qserve.cli.threads import threads_option, use_threads
+from qserve.quant.quantities import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from qserve.quant.estimate import Estimate

@@ -12,12 +12,12 @@ import click
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, say
 from qserve.cli.phase_display import describe_step, phase_display
-from qserve.cli.quantities import format_bytes, format_seconds
 from qserve.cli.quantize_options import quantize_options, read_options
 from qserve.cli.resumption import telling_what_is_kept
 from qserve.cli.smoke import try_quantization
 from qserve.cli.termination import terminated_like_interrupted
 from qserve.cli.threads import threads_option, use_threads
+from qserve.quant.quantities import format_bytes, format_seconds
 
 JUDGING_WINDOWS = 16, 256
 """Windows of the text that ``--max-kl`` judges on, and their tokens."""

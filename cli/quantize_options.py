@@ -23,7 +23,7 @@ FORMATS = ("awq", "gptq", "gptq-v2", "compressed-tensors", "bitsandbytes")
 
 def read_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Bytes, of ``120MB``, ``4.5GB`` or ``2GiB``."""
-    from qserve.quant.size_text import parse_size
+    from qserve.quant.quantities import parse_size
 
     try:
         return None if value is None else parse_size(value)

@@ -11,7 +11,7 @@ import click
 
 from qserve.cli.cache import cache_folder
 from qserve.cli.console import print_table, progress, say
-from qserve.cli.errors import ExitCode
+from qserve.cli.errors import CommandError, ExitCode
 from qserve.cli.phase_display import describe_step
 from qserve.cli.resumption import telling_what_is_kept
 from qserve.cli.termination import terminated_like_interrupted
@@ -90,6 +90,7 @@ def _run(job: Job, threads: int | None, restart: bool) -> RecipeReport:
 
     use_threads(threads)
     check_output(job.output, job.recipe.output.overwrite)
+    _check_reports(job)
     source = resolve_model(job.model, cache=cache_folder(os.environ), notice=say)
     key = run_key(source, job.options())
     with (
@@ -105,6 +106,21 @@ def _run(job: Job, threads: int | None, restart: bool) -> RecipeReport:
             ),
             restart,
         )
+
+
+def _check_reports(job: Job) -> None:
+    """Refuse places where no report can be written, before hours go into what it would say."""
+    reports = job.recipe.reports
+    for name in (reports.json_file, reports.markdown, reports.html, reports.junit):
+        if name is None:
+            continue
+        path = job.folder / name
+        parent = next(folder for folder in path.parents if folder.exists())
+        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise CommandError(
+                f"the report {path} cannot be written: expected a file in a folder that takes one",
+                ExitCode.OUTPUT,
+            )
 
 
 def _write_reports(job: Job, report: RecipeReport) -> None:
@@ -133,7 +149,14 @@ def _write(job: Job, name: str | None, text: str) -> None:
 def _print(report: RecipeReport) -> None:
     from qserve.quant.recipe.report import headline
 
-    rows = [*headline(report), *((f"gate {gate.name}", str(gate)) for gate in report.gates)]
-    rows += [(f"check {check.name}", str(check)) for check in report.checks]
+    rows = headline(report)
+    for gate in report.gates:
+        rows.append((f"gate {gate.name}", f"{gate.says}, {gate.asked}: {_verdict(gate.passed)}"))
+    for check in report.checks:
+        rows.append((f"check {check.name}", f"{check.says}: {_verdict(check.passed)}"))
     verdict = report.output if report.published else report.verdict
     print_table(report.recipe, ("", ""), [*rows, ("result", verdict)])
+
+
+def _verdict(passed: bool) -> str:
+    return "passed" if passed else "FAILED"

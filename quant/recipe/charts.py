@@ -12,16 +12,21 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 12, 16, 28
 
 
 @dataclass(frozen=True, slots=True)
-class Series:
-    """One line of points of a chart: a value for each place on the horizontal axis; None is a gap.
+class Point:
+    """A value at a place of the horizontal axis, by its index. note: seen when pointing at it."""
 
-    style: the CSS class that colours it. notes: what a reader sees when pointing at a value.
-    """
+    place: int
+    value: float
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Points of one kind. style: the CSS class that colours them."""
 
     label: str
     style: str
-    values: Sequence[float | None]
-    notes: Sequence[str]
+    points: Sequence[Point]
 
 
 def dot_chart(series: Sequence[Series], places: Sequence[str], unit: str) -> str:
@@ -29,7 +34,7 @@ def dot_chart(series: Sequence[Series], places: Sequence[str], unit: str) -> str
 
     unit: of the vertical axis. Returns an ``<svg>`` element; '' when there is nothing to show.
     """
-    positive = [v for line in series for v in line.values if v is not None and v > 0]
+    positive = [point.value for line in series for point in line.points if point.value > 0]
     if not positive:
         return ""
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
@@ -55,11 +60,11 @@ def dot_chart(series: Sequence[Series], places: Sequence[str], unit: str) -> str
                 f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(place)}</text>'
             )
     for line in series:
-        for index, value in enumerate(line.values):
-            if value is not None and value > 0:
-                x = LEFT + (index + 0.5) * step
+        for point in line.points:
+            if point.value > 0:
+                x, y = LEFT + (point.place + 0.5) * step, y_at(point.value)
                 parts.append(
-                    f'<circle class="{line.style}" cx="{x:.1f}" cy="{y_at(value):.1f}" r="3.5">'
-                    f"<title>{escape(line.notes[index])}</title></circle>"
+                    f'<circle class="{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="3.5">'
+                    f"<title>{escape(point.note)}</title></circle>"
                 )
     return "\n".join([*parts, "</svg>"])

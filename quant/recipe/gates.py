@@ -5,22 +5,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qserve.quant.evaluate import Evaluation
+from qserve.quant.quantities import format_bytes
 from qserve.quant.recipe.schema import GatesSection
+
+
+def format_share(share: float) -> str:
+    """Per cent."""
+    return f"{100 * share:.4g} %"
+
+
+SHOWN = {"max_size": format_bytes, "min_top1": format_share, "max_ppl_increase": format_share}
+"""How the figures of a gate are written, where not as plain numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """One limit and what was found. value: in the unit of the limit."""
+    """One limit and what was found: bytes for ``max_size``, shares for ``min_top1`` and
+    ``max_ppl_increase``, nats for ``max_kl``."""
 
     name: str
     limit: float
     value: float
     passed: bool
 
+    @property
+    def asked(self) -> str:
+        """The limit, as a person reads it."""
+        return f"at {'least' if self.name.startswith('min_') else 'most'} {self._show(self.limit)}"
+
+    @property
+    def says(self) -> str:
+        """What was found."""
+        return self._show(self.value)
+
+    def _show(self, value: float) -> str:
+        return SHOWN.get(self.name, "{:.4g}".format)(value)
+
     def __str__(self) -> str:
-        sign = ">=" if self.name.startswith("min_") else "<="
-        verdict = "passed" if self.passed else "FAILED"
-        return f"{self.name}: {self.value:.6g} {sign} {self.limit:.6g} {verdict}"
+        return f"{self.name}: {self.says}, {self.asked} {'passed' if self.passed else 'FAILED'}"
 
 
 def check_gates(

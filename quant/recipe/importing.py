@@ -20,8 +20,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "W8A16": {"num_bits": 8, "group_size": None, "symmetric": True},
     "W8A8": {"num_bits": 8, "group_size": None, "symmetric": True, "activations": True},
     "INT8": {"num_bits": 8, "group_size": None, "symmetric": True, "activations": True},
+    "FP8_DYNAMIC": {"num_bits": 8, "group_size": None, "float": True, "activations": True},
 }
 """What the names of `scheme` stand for (compressed-tensors 0.19)."""
+
+QUANTIZING = ("AWQModifier", "GPTQModifier", "QuantizationModifier")
+SMOOTHING = "SmoothQuantModifier"
 
 HARMLESS = ("AWQModifier.duo_scaling", "GPTQModifier.block_size")
 """Settings of a search that ours makes in its own way."""
@@ -45,13 +49,14 @@ def import_recipe(path: Path, model: str, output: str) -> Imported:
     notes: list[str] = []
     merged: dict[str, Any] = {}
     for name, settings in modifiers:
-        if name in ("AWQModifier", "GPTQModifier", "QuantizationModifier", "SmoothQuantModifier"):
+        if name in (*QUANTIZING, SMOOTHING):
             merged |= {key: value for key, value in settings.items() if value is not None}
         else:
             notes.append(f"{name} is left out: it has no counterpart")
-    if not merged and not any(name.endswith("Modifier") for name in names):
+    if not set(names) & set(QUANTIZING):
         raise RecipeError(
-            f"{path} holds no modifier that quantizes: {', '.join(names) or 'nothing'}"
+            f"{path} holds {', '.join(names) or 'no modifier'}: expected one of llm-compressor's "
+            f"that quantizes, {', '.join(QUANTIZING)}"
         )
     weights = _weights(merged, path)
     section: dict[str, Any] = {"method": _method(names, weights)}
@@ -59,6 +64,9 @@ def import_recipe(path: Path, model: str, output: str) -> Imported:
         section["bits"] = weights["num_bits"]
         if weights["group_size"]:
             section["group_size"] = weights["group_size"]
+    if merged.get("kv_cache_scheme"):
+        section["kv_cache"] = _cache_format(merged["kv_cache_scheme"], path)
+        section["format"] = "compressed-tensors"
     if "dampening_frac" in merged:
         section["damping"] = merged["dampening_frac"]
     ignored = [entry for entry in merged.get("ignore", []) if entry != "lm_head"]
@@ -101,17 +109,30 @@ def _weights(settings: dict[str, Any], path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: expected a scheme, or config_groups with one group")
     group = next(iter(groups.values()))
     weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict) or weights.get("type", "int") != "int":
-        raise RecipeError(f"{path}: the group has no integer weights")
+    if not isinstance(weights, dict) or weights.get("type", "int") not in ("int", "float"):
+        raise RecipeError(f"{path}: the group has no integer or float weights")
+    is_float = weights.get("type") == "float"
+    if is_float and weights.get("num_bits", 8) != 8:
+        raise RecipeError(f"{path}: floats of {weights['num_bits']} bits: expected 8")
     return {
         "num_bits": weights.get("num_bits", 8),
         "group_size": weights.get("group_size"),
         "symmetric": weights.get("symmetric", True),
+        "float": is_float,
         "activations": group.get("input_activations") is not None,
     }
 
 
+def _cache_format(scheme: Any, path: Path) -> str:
+    """What keys and values are stored as."""
+    if not isinstance(scheme, dict) or scheme.get("num_bits") != 8:
+        raise RecipeError(f"{path}: kv_cache_scheme {scheme}: expected one of 8 bits")
+    return "fp8" if scheme.get("type") == "float" else "int8"
+
+
 def _method(names: list[str], weights: dict[str, Any]) -> str:
+    if weights.get("float"):
+        return "fp8" if weights.get("activations") else "fp8-weight"
     if weights.get("activations"):
         return "smoothquant"
     if weights["num_bits"] == 8:
@@ -127,7 +148,7 @@ def _pattern(entry: str) -> str:
 
 
 def _left_out(modifiers: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    used = {"scheme", "config_groups", "ignore", "targets", "dampening_frac"}
+    used = {"scheme", "config_groups", "ignore", "targets", "dampening_frac", "kv_cache_scheme"}
     for name, settings in modifiers:
         for key in settings:
             if key not in used and f"{name}.{key}" not in HARMLESS:

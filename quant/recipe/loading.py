@@ -43,7 +43,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
         raise RecipeError(f"{name}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(
-            f"{name}: holds {type(content).__name__}, expected keys such as `model` and `output`: "
+            f"{name}: holds {'nothing' if content is None else 'no keys'}, expected some such as "
+            "`model` and `output`: "
             "`qserve recipe init` writes a recipe to start from"
         )
     lines = _lines(node)

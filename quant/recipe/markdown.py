@@ -20,12 +20,7 @@ def render_markdown(report: RecipeReport) -> str:
     lines += _table(("", ""), headline(report))
     if report.gates:
         rows = [
-            (
-                gate.name,
-                f"{gate.limit:.6g}",
-                f"{gate.value:.6g}",
-                "passed" if gate.passed else "**failed**",
-            )
+            (gate.name, gate.asked, gate.says, "passed" if gate.passed else "**failed**")
             for gate in report.gates
         ]
         lines += ["", *_table(("gate", "limit", "found", ""), rows)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from html import escape
+from itertools import cycle
 
-from qserve.quant.recipe.charts import Series, dot_chart
+from qserve.quant.recipe.charts import Point, Series, dot_chart
 from qserve.quant.recipe.report import RecipeReport, headline
 from qserve.quant.report import LayerReport
 
-BLOCK = re.compile(r"\.(\d+)\.")
+NUMBER = re.compile(r"\.(\d+)\.")
 STYLES = ("one", "two", "three", "four", "five", "six", "seven")
 CSS = """
 :root { color-scheme: light dark; --line: #8884; --mute: #777; --good: #1a7f37; --bad: #cf222e; }
@@ -60,7 +61,7 @@ def _gates(report: RecipeReport) -> str:
     if not report.gates:
         return ""
     rows = [
-        f'<tr><td>{escape(gate.name)}<td class="n">{gate.limit:.6g}<td class="n">{gate.value:.6g}'
+        f'<tr><td>{escape(gate.name)}<td class="n">{gate.asked}<td class="n">{gate.says}'
         f'<td class="{"good" if gate.passed else "bad"}">{"passed" if gate.passed else "failed"}'
         for gate in report.gates
     ]
@@ -80,27 +81,24 @@ def _checks(report: RecipeReport) -> str:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """The block of a layer, and its name inside it."""
-    match = BLOCK.search(name)
-    return (int(match[1]), name[match.end() :]) if match else (0, name)
+    """The block of a layer, and what kind of layer of the block it is: its name without the number
+    of an expert."""
+    match = NUMBER.search(name)
+    return (int(match[1]), NUMBER.sub(".*.", name[match.end() :])) if match else (0, name)
 
 
 def _layer_chart(layers: Sequence[LayerReport]) -> str:
     """Blocks from left to right, a colour for each kind of layer."""
-    found = {_place(layer.name): layer for layer in layers}
-    blocks = sorted({block for block, _ in found})
-    kinds = list(dict.fromkeys(kind for _, kind in found))
-    series = []
-    for kind, style in zip(kinds, STYLES * (1 + len(kinds) // len(STYLES)), strict=False):
-        row = [found.get((block, kind)) for block in blocks]
-        series.append(
-            Series(
-                label=kind,
-                style=style,
-                values=[layer.error if layer else None for layer in row],
-                notes=[_note(layer) if layer else "" for layer in row],
-            )
-        )
+    blocks = sorted({_place(layer.name)[0] for layer in layers})
+    kinds: dict[str, list[Point]] = {}
+    for layer in layers:
+        block, kind = _place(layer.name)
+        point = Point(blocks.index(block), layer.error, _note(layer))
+        kinds.setdefault(kind, []).append(point)
+    series = [
+        Series(kind, style, points)
+        for (kind, points), style in zip(kinds.items(), cycle(STYLES), strict=False)
+    ]
     legend = "".join(f'<span class="{s.style}">&#9679; {escape(s.label)}</span>' for s in series)
     chart = dot_chart(series, [str(block) for block in blocks], "relative output error")
     return f'{chart}<p class="legend">{legend}</p>' if chart else ""
@@ -111,9 +109,9 @@ def _note(layer: LayerReport) -> str:
 
 
 def _block_chart(errors: Sequence[float]) -> str:
-    notes = [f"block {index}: {error:.3g}" for index, error in enumerate(errors)]
+    points = [Point(i, error, f"block {i}: {error:.3g}") for i, error in enumerate(errors)]
     places = [str(index) for index in range(len(errors))]
-    chart = dot_chart([Series("block", "one", errors, notes)], places, "relative block error")
+    chart = dot_chart([Series("block", "one", points)], places, "relative block error")
     heading = "<h2>Error of every block, relative to what it adds</h2>"
     return f"{heading}{chart}" if chart else ""
 

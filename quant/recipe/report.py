@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qserve.quant.evaluate import Evaluation
+from qserve.quant.quantities import format_bytes, format_seconds
 from qserve.quant.recipe.checks import CheckResult
 from qserve.quant.recipe.gates import GateResult
 from qserve.quant.report import QuantizationReport
@@ -58,10 +59,11 @@ def _without_nan(value: Any) -> Any:
 def headline(report: RecipeReport) -> list[tuple[str, str]]:
     """The figures that a person looks at first, as labels and values."""
     quantization, sizes = report.quantization, report.quantization.sizes
-    group = "a row" if quantization.group_size < 0 else str(quantization.group_size)
+    size = quantization.group_size
+    groups = "one scale a row" if size < 0 else f"groups of {size}"
     rows = [
-        ("method", f"{quantization.method}, {quantization.bits} bits, groups of {group}"),
-        ("size", f"{_megabytes(sizes.quantized_bytes)}, was {_megabytes(sizes.source_bytes)}"),
+        ("method", f"{quantization.method}, {quantization.bits} bits, {groups}"),
+        ("size", f"{format_bytes(sizes.quantized_bytes)}, was {format_bytes(sizes.source_bytes)}"),
         ("bits per weight", f"{sizes.bits_per_weight:.3f}"),
         ("quantized layers", f"{len(quantization.layers)}, {len(quantization.skipped)} skipped"),
     ]
@@ -76,11 +78,7 @@ def headline(report: RecipeReport) -> list[tuple[str, str]]:
             ("perplexity", f"{evaluation.perplexity:.2f}, was {evaluation.base_perplexity:.2f}"),
         ]
     rows += [
-        ("time", f"{report.seconds:.0f} s"),
-        ("peak memory", f"{quantization.peak_memory_bytes / 2**20:.0f} MiB"),
+        ("time", format_seconds(report.seconds)),
+        ("peak memory", format_bytes(quantization.peak_memory_bytes)),
     ]
     return rows
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:.1f} MB"

@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Head, KvCache, Method
-from qserve.quant.size_text import parse_size
+from qserve.quant.quantities import parse_size
 from qserve.quant.steps import DEFAULT_DAMPING
 
 BUILT_IN, TOPICS = "builtin", "python-topics"

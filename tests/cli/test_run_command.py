@@ -60,7 +60,7 @@ def test_a_recipe_publishes_a_checkpoint_its_reports_and_its_lock(
     assert [gate["name"] for gate in report["gates"]] == ["max_kl"]
     assert report["gates"][0]["value"] == report["evaluation"]["kl"] > 0
     markdown = (tmp_path / "reports/r.md").read_text()
-    assert markdown.startswith("## tiny: published") and "| max_kl | 50 |" in markdown
+    assert markdown.startswith("## tiny: published") and "| max_kl | at most 50 |" in markdown
     assert (tmp_path / "summary.md").read_text() == markdown
     suite = ElementTree.parse(tmp_path / "reports/r.xml").getroot()[0]
     assert [case.get("name") for case in suite] == ["quantize", "evaluate", "gate max_kl"]
@@ -93,6 +93,7 @@ def test_a_failed_gate_publishes_nothing_and_has_an_exit_code_of_its_own(
     failed = [case.get("name") for case in suite if case.find("failure") is not None]
     assert failed == ["gate max_kl", "gate max_size"]
     assert suite.get("failures") == "2"
+    assert "max_size" in done.out and "at most 1.0 kB: FAILED" in " ".join(done.out.split())
     assert "NOT published" in (tmp_path / "reports/r.md").read_text()
     assert json.loads((tmp_path / "reports/r.json").read_text())["published"] is False
 
@@ -165,6 +166,17 @@ def test_an_output_that_exists_is_not_replaced_unless_told_to(
     recipe = write_recipe(evaluate=None, gates={})
     assert qserve("run", recipe).code == ExitCode.OUTPUT
     assert qserve("run", recipe, "--force").code == ExitCode.OK
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_run(
+    write_recipe: Callable[..., Path], qserve: Qserve, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("folder", "tiny.yaml/r.json"):
+        done = qserve("run", write_recipe(reports={"json": name}))
+        assert done.code == ExitCode.OUTPUT
+        assert f"the report {tmp_path / name} cannot be written" in done.error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_started_recipe_is_sound_and_not_overwritten(qserve: Qserve, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ stage:
 GPTQ = """
 stage: {quant_modifiers: {GPTQModifier: {scheme: W4A16, ignore: [lm_head], dampening_frac: 0.05}}}
 """
+FLOAT4 = "config_groups: {a: {weights: {num_bits: 4, type: float}}}"
 
 
 def translated(text: str, folder: Path) -> tuple[dict[str, object], tuple[str, ...]]:
@@ -61,12 +62,41 @@ def test_a_symmetric_scheme_becomes_int4(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "section"),
+    [
+        ("scheme: FP8_DYNAMIC", {"method": "fp8"}),
+        ("config_groups: {a: {weights: {num_bits: 8, type: float}}}", {"method": "fp8-weight"}),
+        (
+            "scheme: W8A8, kv_cache_scheme: {num_bits: 8, type: float}",
+            {"method": "smoothquant", "kv_cache": "fp8", "format": "compressed-tensors"},
+        ),
+        (
+            "scheme: W8A16, kv_cache_scheme: {num_bits: 8, type: int}",
+            {"method": "int8", "kv_cache": "int8", "format": "compressed-tensors"},
+        ),
+    ],
+)
+def test_eight_bit_floats_and_caches_keep_their_kind(
+    settings: str, section: dict[str, str], tmp_path: Path
+) -> None:
+    text = f"stage: {{modifiers: {{QuantizationModifier: {{{settings}}}}}}}"
+    assert translated(text, tmp_path) == (section, ())
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[]", "holds no stages"),
         ("stage: {mods: {GPTQModifier: {scheme: W3A16}}}", "scheme W3A16: expected one of W4A16"),
         ("stage: {mods: {GPTQModifier: {}}}", "expected a scheme"),
-        ("stage: {mods: {}}", "holds no modifier that quantizes: nothing"),
+        ("stage: {mods: {}}", "holds no modifier: expected one"),
+        ("stage: {mods: {SparseGPTModifier: {}}}", "holds SparseGPTModifier: expected one"),
+        ("stage: {mods: {SmoothQuantModifier: {}}}", "holds SmoothQuantModifier: expected one"),
+        (f"stage: {{mods: {{GPTQModifier: {{{FLOAT4}}}}}}}", "floats of 4 bits: expected 8"),
+        (
+            "stage: {mods: {GPTQModifier: {scheme: W4A16, kv_cache_scheme: {num_bits: 4}}}}",
+            "expected one of 8 bits",
+        ),
         ("a: [", "not valid YAML"),
     ],
 )

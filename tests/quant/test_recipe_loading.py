@@ -155,9 +155,9 @@ def test_a_mistake_is_named_with_its_line_and_field(added: str, message: str) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds NoneType, expected keys such as `model`"),
-        ("- a\n- b", "holds list"),
-        ("just words", "holds str"),
+        ("", "holds nothing, expected some such as `model`"),
+        ("- a\n- b", "holds no keys"),
+        ("just words", "holds no keys"),
         ("model: m", "r.yaml:1: output: missing"),
         ("output: {folder: o}", "r.yaml:1: model: missing: a model folder"),
         ("model: m\noutput: {}", "r.yaml:2: output.folder: missing: folder to write"),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from qserve.cli.cache import cache_folder
-from qserve.cli.quantities import format_bytes, format_seconds
+from qserve.quant.quantities import format_bytes, format_seconds
 
 
 @pytest.mark.parametrize(
@@ -41,18 +38,3 @@ def test_bytes_are_given_in_powers_of_ten(num_bytes: int, text: str) -> None:
 )
 def test_seconds_become_minutes_and_hours(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("environment", "folder"),
-    [
-        ({"XDG_CACHE_HOME": "/var/cache/me"}, Path("/var/cache/me/qserve")),
-        ({"XDG_CACHE_HOME": ""}, Path.home() / ".cache" / "qserve"),
-        ({"XDG_CACHE_HOME": "relative"}, Path.home() / ".cache" / "qserve"),
-        ({}, Path.home() / ".cache" / "qserve"),
-    ],
-)
-def test_cache_is_where_the_desktop_specification_puts_it(
-    environment: dict[str, str], folder: Path
-) -> None:
-    assert cache_folder(environment) == folder
