@@ -37,8 +37,10 @@ def phase_display(
 
 def describe_step(step: Progress) -> str:
     """What is worth knowing of a step that is done: the error of its block, its layers of experts
-    that saw little text, the time left."""
+    that saw little text, what tuning has come to, the time left."""
     said = [] if step.error is None else [f"error {step.error:.2e}"]
+    if step.kl is not None:
+        said.append(f"KL {step.kl:.4f} on held-back text")
     if step.num_short_of_text:
         said.append(f"{step.num_short_of_text} layers short of text")
     return ", ".join([*said, f"{format_seconds(step.seconds_left)} left"])

@@ -12,7 +12,8 @@ import torch
 from qserve.quant.architecture import EXPERTS, Fold, Stage
 from qserve.quant.calibrated import MIN_TOKENS_PER_INPUT
 from qserve.quant.calibration import check_calibration
-from qserve.quant.decoder import Block, Decoder
+from qserve.quant.decoder import EMBEDDING, Block, Decoder
+from qserve.quant.decoder import HEAD as HEAD_WEIGHT
 from qserve.quant.engine_rules import VERSIONS, Facts, Verdict, judge
 from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.awq import AwqWriter
@@ -26,8 +27,10 @@ from qserve.quant.stacked_rows import NUMBERS_AT_ONCE
 from qserve.quant.steps import Rounding, Transform
 from qserve.quant.stored_size import PackedSizes, coded_head, unpacked_bytes
 from qserve.quant.target import Target, divides
+from qserve.quant.tuning.costs import TuningCosts
 
 FLOAT_BYTES = 4
+STORED_BYTES = 2
 
 TRANSFORM_WINDOWS = 8
 SEARCHED_CANDIDATES = 63
@@ -60,8 +63,8 @@ class Estimate:
     refused_group_sizes: sizes that the method has and the model cannot take, each with the layers
     (by their names inside a block) whose inputs it does not divide.
     quantized_bytes: of the tensors. disk_bytes: of the output's disk while the run lasts.
-    memory_bytes: of the process at its highest, without mapped files. seconds: on this machine,
-    with the threads of this process.
+    memory_bytes: of the process at its highest, mapped files included. seconds: on this machine,
+    with the threads of this process and nothing else running.
     """
 
     model: str
@@ -105,6 +108,14 @@ def estimate(decoder: Decoder, options: QuantizeOptions) -> Estimate:
         _Costs(decoder.skeleton(index), profile, options) for index in range(decoder.num_blocks)
     ]
     hidden_bytes = costs[0].hidden_bytes if profile.calibrated else 0
+    process, speed = _process_bytes(), _operations_per_second()
+    memory = max(_table_bytes(decoder), *(one.memory_bytes for one in costs))
+    seconds = sum(one.operations for one in costs) / speed
+    if options.tune is not None:
+        blocks = [one.parameters for one in costs]
+        tuning = TuningCosts(decoder, options.seq_len, sizes.num_scales, (max(blocks), sum(blocks)))
+        memory = max(memory, tuning.memory_bytes)
+        seconds += tuning.seconds(options.tune, speed)
     return Estimate(
         model=source.folder.name,
         architecture=source.architecture,
@@ -120,8 +131,8 @@ def estimate(decoder: Decoder, options: QuantizeOptions) -> Estimate:
         quantized_bytes=sizes.total_bytes,
         bits_per_weight=sizes.bits_per_weight,
         disk_bytes=2 * sizes.total_bytes + 2 * hidden_bytes,
-        memory_bytes=max(one.memory_bytes for one in costs),
-        seconds=sum(one.operations for one in costs) / _operations_per_second(),
+        memory_bytes=process + memory,
+        seconds=seconds,
         engines=tuple(judge(sizes.facts(), VERSIONS)),
     )
 
@@ -163,7 +174,7 @@ class _Sizes:
         self._writer = Target(options).writer
         sizes = PackedSizes(self._writer)
         self._schemes: dict[str, LayerScheme] = {}
-        packed, num_weights = {}, 0
+        packed, num_weights, self.num_scales = {}, 0, 0
         for index, block in enumerate(map(decoder.skeleton, range(decoder.num_blocks))):
             for layer_set in block.layer_sets:
                 spec = plan.specs.get((index, layer_set.name))
@@ -174,6 +185,7 @@ class _Sizes:
                     self._schemes[full_name] = spec.scheme(layer)
                     packed[full_name] = sizes.num_bytes(layer, spec)
                     num_weights += layer.weight.numel()
+                    self.num_scales += layer.weight.numel() // spec.width(layer.in_features)
         self.num_layers = len(packed)
         self.bits_per_weight = 8 * sum(packed.values()) / num_weights
         if plan.head is not None:
@@ -199,7 +211,7 @@ class _Costs:
     def __init__(self, block: Block, profile: Profile, options: QuantizeOptions) -> None:
         self._profile = profile
         self._block = block
-        self._parameters = sum(parameter.numel() for parameter in block.layer.parameters())
+        self.parameters = sum(parameter.numel() for parameter in block.layer.parameters())
         self._tokens = options.num_samples * options.seq_len
         stride = max(1, options.num_samples // TRANSFORM_WINDOWS)
         self._searched_tokens = -(-options.num_samples // stride) * options.seq_len
@@ -236,9 +248,8 @@ class _Costs:
 
     @property
     def memory_bytes(self) -> int:
-        """The process as it is, a block and its codes, what rounding some rows of a stage needs,
-        Gram matrices, and the activations."""
-        process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        """Beside the process: a block, as stored, in float32 and as codes, what rounding some rows
+        of a stage needs, Gram matrices, and the activations."""
         stages = self._block.stages
         weight = max(self._rows[stage.name] * self._width(stage) for stage in stages)
         numbers = PIECES * min(NUMBERS_AT_ONCE, weight)
@@ -246,17 +257,16 @@ class _Costs:
             numbers += GRAM_MATRICES * self._wide**2
             numbers += self._tokens * (self._num_models * self._hidden_size + self._kept)
             numbers += (2 + self._top_k) * self._searched_tokens * self._hidden_size
-        memory = FLOAT_BYTES * (self._parameters + numbers) + self._parameters
-        return process + memory
+        return FLOAT_BYTES * (self.parameters + numbers) + (STORED_BYTES + 1) * self.parameters
 
     @property
     def operations(self) -> float:
         """Floating-point operations, in the time that those of a large product take."""
         if not self._profile.calibrated:
-            return PLAIN_OPERATIONS * self._parameters
+            return PLAIN_OPERATIONS * self.parameters
         feeds_back = self._profile.steps.rounding is Rounding.FEEDBACK
         products = FEEDBACK_PRODUCTS if feeds_back else NEAREST_PRODUCTS
-        total = self._parameters * (FEEDBACK_OPERATIONS if feeds_back else NEAREST_OPERATIONS)
+        total = self.parameters * (FEEDBACK_OPERATIONS if feeds_back else NEAREST_OPERATIONS)
         for stage in self._block.stages:
             rows, width = self._rows[stage.name], self._width(stage)
             shown = self._shown(stage, self._tokens, MIN_TOKENS_PER_INPUT)
@@ -270,6 +280,18 @@ class _Costs:
                 total += 2.0 * searched * width**2
             total += 2.0 * products * rows * width**2
         return total
+
+
+def _table_bytes(decoder: Decoder) -> int:
+    """Of embedding and head, which are checked before the first block."""
+    names = [EMBEDDING] if decoder.is_tied else [EMBEDDING, HEAD_WEIGHT]
+    shapes = [decoder.checkpoint.shape(name) for name in names]
+    return sum(STORED_BYTES * math.prod(shape) for shape in shapes)
+
+
+def _process_bytes() -> int:
+    """The process with its libraries, which a run has too."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _operations_per_second() -> float:

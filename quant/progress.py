@@ -29,6 +29,8 @@ class Progress:
     error: relative output error of the block just quantized; None where there is none.
     seconds_left: estimate for this phase, from the pace so far.
     num_short_of_text: layers of the block that too few tokens go to, see ``LayerReport``.
+    kl: when tuning, the divergence from the float model on what is held back; None before it is
+        known.
     """
 
     phase: Phase
@@ -37,6 +39,7 @@ class Progress:
     seconds_left: float
     error: float | None = None
     num_short_of_text: int = 0
+    kl: float | None = None
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], None]

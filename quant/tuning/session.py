@@ -71,6 +71,7 @@ def tune(
     clock.note_ready()
     before = best = session.judge(0)
     clock.note_judgement()
+    clock.report(0, best.kl)
     step, goes_on = 0, clock.allows(0)
     while goes_on:
         step += 1
@@ -79,7 +80,7 @@ def tune(
         if not goes_on or step % STEPS_BETWEEN_JUDGEMENTS == 0:
             best = min(best, session.judge(step), key=lambda judgement: judgement.kl)
             goes_on = goes_on and step - best.step < PATIENCE * STEPS_BETWEEN_JUDGEMENTS
-        clock.report(step)
+        clock.report(step, best.kl)
     overwrite_tensors(folder, session.stored(best, writer))
     return TuningReport(
         steps=step,
@@ -192,8 +193,11 @@ class _Clock:
         judgement = self._learning - self._ready
         return self.elapsed() + self._pace(steps) + judgement <= 60 * self._options.minutes
 
-    def report(self, steps: int) -> None:
-        """Tell the caller how far the run is: in steps if only they limit it, else in seconds."""
+    def report(self, steps: int, kl: float | None = None) -> None:
+        """Tell the caller how far the run is: in steps if only they limit it, else in seconds.
+
+        kl: the least so far on what was held back.
+        """
         if self._options.minutes is not None:
             elapsed, total = self.elapsed(), 60 * self._options.minutes
             done, left = int(elapsed), total - elapsed
@@ -202,7 +206,7 @@ class _Clock:
             left = self._pace(steps) * (total - done)
         else:
             return  # without a pace nobody knows how long it takes
-        self._progress(Progress(Phase.TUNE, done, max(int(total), done), max(left, 0.0)))
+        self._progress(Progress(Phase.TUNE, done, max(int(total), done), max(left, 0.0), kl=kl))
 
     def _pace(self, steps: int) -> float:
         """Seconds of a step so far, with its share of the judgements."""

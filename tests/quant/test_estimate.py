@@ -13,9 +13,9 @@ import pytest
 from qserve.quant.decoder import Decoder
 from qserve.quant.engine_rules import VERSIONS, judge_for
 from qserve.quant.errors import CheckpointError, OptionError
-from qserve.quant.estimate import estimate
+from qserve.quant.estimate import Estimate, estimate
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import Head, KvCache, Method, QuantizeOptions
+from qserve.quant.options import Head, KvCache, Method, QuantizeOptions, TuneOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import ignore_progress
 
@@ -58,6 +58,21 @@ def test_layers_that_a_group_size_does_not_divide_are_named(
     assert "mlp.up_proj" in foretold.refused_group_sizes[128]
     with pytest.raises(OptionError, match=r"do not divide the inputs of mlp.down_proj \(96\)"):
         estimate(decoder, replace(tiny_options, group_size=64))
+
+
+def test_tuning_is_foretold_with_the_rest(
+    tiny_llama: Path, tiny_options: QuantizeOptions
+) -> None:
+    def foretell(tune: TuneOptions | None) -> Estimate:
+        return estimate(Decoder(Checkpoint(tiny_llama)), replace(tiny_options, tune=tune))
+
+    alone = foretell(None)
+    timed = foretell(TuneOptions(minutes=20))
+    assert 1200 < timed.seconds < 1200 + 10 * alone.seconds
+    assert timed.memory_bytes > alone.memory_bytes  # of a small model tuning takes more
+    few, many = (foretell(TuneOptions(minutes=20, steps=steps)) for steps in (10, 1000))
+    assert few.seconds < many.seconds < timed.seconds
+    assert foretell(TuneOptions(minutes=20, steps=10**9)).seconds > 1200
 
 
 def test_a_model_of_which_only_headers_are_there_can_be_planned(

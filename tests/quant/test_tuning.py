@@ -231,8 +231,9 @@ def test_progress_is_told_in_steps_or_in_seconds(subject: Subject) -> None:
     for limit in (TuneOptions(steps=2), TuneOptions(steps=1, minutes=5)):
         subject.tuned(limit, told.append)
     assert [(step.done, step.total) for step in told[:2]] == [(1, 2), (2, 2)]
-    assert [step.total for step in told[2:]] == [300, 300]
-    assert told[2].done == 0
+    assert [step.total for step in told[2:]] == [300] * 3
+    assert told[2].done == 0 and told[2].kl is None
+    assert all(step.kl is not None and step.kl > 0 for step in (*told[:2], *told[3:]))
 
 
 def test_windows_to_tune_on_are_those_that_quantization_leaves(
