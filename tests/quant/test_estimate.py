@@ -60,9 +60,7 @@ def test_layers_that_a_group_size_does_not_divide_are_named(
         estimate(decoder, replace(tiny_options, group_size=64))
 
 
-def test_tuning_is_foretold_with_the_rest(
-    tiny_llama: Path, tiny_options: QuantizeOptions
-) -> None:
+def test_tuning_is_foretold_with_the_rest(tiny_llama: Path, tiny_options: QuantizeOptions) -> None:
     def foretell(tune: TuneOptions | None) -> Estimate:
         return estimate(Decoder(Checkpoint(tiny_llama)), replace(tiny_options, tune=tune))
 
