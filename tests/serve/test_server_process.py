@@ -268,7 +268,7 @@ def wait_until(condition: Any, limit_s: float = 10.0) -> float:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_killed_connection_frees_its_requests_within_a_second(server: Any, stream: bool) -> None:
     aborted = server.metric("request_success_total", finished_reason="abort")
-    body = {"prompt": "The", "n": 16, "max_tokens": 500, "ignore_eos": True, "stream": stream}
+    body = {"prompt": "The", "n": 32, "max_tokens": 500, "ignore_eos": True, "stream": stream}
     leave_after_the_first_bytes(server, body, read=stream)
     took_s = wait_until(
         lambda: (
@@ -279,7 +279,7 @@ def test_a_killed_connection_frees_its_requests_within_a_second(server: Any, str
     )
     assert took_s < ABORT_LIMIT_S
     wait_until(
-        lambda: server.metric("request_success_total", finished_reason="abort") == aborted + 16
+        lambda: server.metric("request_success_total", finished_reason="abort") == aborted + 32
     )
 
 
