@@ -1,4 +1,4 @@
-"""Charts as inline SVG that follows the colours of the page around it."""
+"""Charts over the blocks of a model, as inline SVG in the colours of the page around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 12, 16, 28
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value at a place of the horizontal axis, by its index. note: seen when pointing at it."""
+    """A value of a block, by the block's place among those shown. note: seen when pointing at it."""
 
     place: int
     value: float
@@ -30,9 +30,9 @@ class Series:
 
 
 def dot_chart(series: Sequence[Series], places: Sequence[str], unit: str) -> str:
-    """Points over ``places`` on a logarithmic axis. Values that are not positive are left out.
+    """Points over the blocks on a logarithmic axis. Values that are not positive are left out.
 
-    unit: of the vertical axis. Returns an ``<svg>`` element; '' when there is nothing to show.
+    places: the names of the blocks that are shown. unit: of the vertical axis. Returns an ``<svg>`` element; '' when there is nothing to show.
     """
     positive = [point.value for line in series for point in line.points if point.value > 0]
     if not positive:
@@ -52,6 +52,7 @@ def dot_chart(series: Sequence[Series], places: Sequence[str], unit: str) -> str
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">1e{power}</text>')
+    parts.append(f'<text x="{LEFT - 8}" y="{HEIGHT - 8}" text-anchor="end">block</text>')
     every = max(1, len(places) // 16)
     for index, place in enumerate(places):
         if index % every == 0:
