@@ -71,9 +71,14 @@ def _print_summary(inspection: Inspection) -> None:
     print_table("model", ("", ""), rows)
 
 
+def _is_matrix(layer: Layer) -> bool:
+    return sum(size > 1 for size in layer.shape) > 1
+
+
 def _print_layers(layers: tuple[Layer, ...]) -> None:
-    """Matrices row by row; norms and biases, which nobody quantizes, in one line at the end."""
-    matrices = [layer for layer in layers if len(layer.shape) > 1]
+    """Matrices row by row; what has one dimension alone, norms, biases and scales of keys and
+    values, in one line at the end."""
+    matrices = [layer for layer in layers if _is_matrix(layer)]
     rows = [
         (
             layer.name,
@@ -86,7 +91,7 @@ def _print_layers(layers: tuple[Layer, ...]) -> None:
         for layer in matrices
     ]
     print_table("layers", ("name", "shape", "format", "bits", "group size", "bytes"), rows)
-    others = [layer for layer in layers if len(layer.shape) <= 1]
+    others = [layer for layer in layers if not _is_matrix(layer)]
     if others:
         num_bytes = sum(layer.num_bytes for layer in others)
         click.echo(f"and {len(others)} vectors (norms and the like): {num_bytes:,} bytes")

@@ -13,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 12, 16, 28
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value of a block, by the block's place among those shown. note: seen when pointing at it."""
+    """A value of a block. place: of the block among those shown. note: seen when pointing at it."""
 
     place: int
     value: float
@@ -32,7 +32,8 @@ class Series:
 def dot_chart(series: Sequence[Series], places: Sequence[str], unit: str) -> str:
     """Points over the blocks on a logarithmic axis. Values that are not positive are left out.
 
-    places: the names of the blocks that are shown. unit: of the vertical axis. Returns an ``<svg>`` element; '' when there is nothing to show.
+    places: the names of the blocks that are shown. unit: of the vertical axis.
+    Returns an ``<svg>`` element; '' when there is nothing to show.
     """
     positive = [point.value for line in series for point in line.points if point.value > 0]
     if not positive:

@@ -216,3 +216,6 @@ def test_what_is_done_after_packing_is_in_the_reports_and_the_lock(
     assert lock["tuning_steps"] == 1
     assert len({lock["tokens_sha256"], lock["calibration_sha256"]} - {None}) == 2
     assert str(Checkpoint(tmp_path / "out").kv_cache) == "fp8, a scale for each head"
+    shown = qserve("inspect", tmp_path / "out").out
+    assert "fp8, a scale for each head" in shown and "self_attn.q_proj" in shown
+    assert "self_attn " not in shown, "scales of keys and values are no matrices"
