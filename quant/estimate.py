@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from qserve.quant.errors import CheckpointError
 from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.layer_format import HEAD, PackedLayer
 from qserve.quant.formats.writer import LayerScheme
+from qserve.quant.half_quadratic import solve_grid
 from qserve.quant.methods import WHOLE_ROW, Profile, profile_of
 from qserve.quant.mixture import Mixer
 from qserve.quant.options import QuantizeOptions
@@ -45,12 +47,20 @@ NEAREST_PRODUCTS = 4.0
 FEEDBACK_OPERATIONS = 55_000.0
 NEAREST_OPERATIONS = 40_000.0
 PLAIN_OPERATIONS = 3_000.0
-"""For each weight, for what is no product (steps that wait for memory, mostly), with text and
-without. Measured on blocks of 512 and 1024 inputs: seconds times the speed of a large product."""
+SOLVED_OPERATIONS = 15_000.0
+"""For each weight, for what is no product (steps that wait for memory, mostly): with text and
+without, there last where a range is solved for (HQQ). Measured on blocks of 512 and 1024 inputs:
+seconds times the speed of a large product."""
 
 PIECES = 8
 GRAM_MATRICES = 4
 """Of what a run has at once of either kind, see `quant/stacked_rows.py` and `quant/rounding.py`."""
+
+LOADED_BYTES = 64 << 20
+"""What a process has more when it quantizes than when it plans: tokenizer, pages of libraries."""
+
+BYTES_PER_CHARACTER = 110
+"""Of a text while it is tokenized in one piece."""
 
 PROBE = 512
 PROBE_SECONDS = 0.2
@@ -109,7 +119,8 @@ def estimate(decoder: Decoder, options: QuantizeOptions) -> Estimate:
     ]
     hidden_bytes = costs[0].hidden_bytes if profile.calibrated else 0
     process, speed = _process_bytes(), _operations_per_second()
-    memory = max(_table_bytes(decoder), *(one.memory_bytes for one in costs))
+    at_first = max(_table_bytes(decoder), _text_bytes(options))
+    memory = max(at_first, *(one.memory_bytes for one in costs))
     seconds = sum(one.operations for one in costs) / speed
     if options.tune is not None:
         blocks = [one.parameters for one in costs]
@@ -263,7 +274,8 @@ class _Costs:
     def operations(self) -> float:
         """Floating-point operations, in the time that those of a large product take."""
         if not self._profile.calibrated:
-            return PLAIN_OPERATIONS * self.parameters
+            is_solved = self._profile.choose_grid is solve_grid
+            return (SOLVED_OPERATIONS if is_solved else PLAIN_OPERATIONS) * self.parameters
         feeds_back = self._profile.steps.rounding is Rounding.FEEDBACK
         products = FEEDBACK_PRODUCTS if feeds_back else NEAREST_PRODUCTS
         total = self.parameters * (FEEDBACK_OPERATIONS if feeds_back else NEAREST_OPERATIONS)
@@ -289,17 +301,27 @@ def _table_bytes(decoder: Decoder) -> int:
     return sum(STORED_BYTES * math.prod(shape) for shape in shapes)
 
 
+def _text_bytes(options: QuantizeOptions) -> int:
+    """Of the calibration text while windows are made of it, if it is a file."""
+    if not isinstance(options.calibration, Path):
+        return 0
+    return BYTES_PER_CHARACTER * options.calibration.stat().st_size
+
+
 def _process_bytes() -> int:
-    """The process with its libraries, which a run has too."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The process as a run will find it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + LOADED_BYTES
 
 
 def _operations_per_second() -> float:
-    """What this machine does in a product of two matrices, with the threads of this process."""
+    """What this machine does in a product of two matrices, with the threads of this process.
+
+    The clock is that of this thread, which stands still while the processor does something else.
+    """
     left, right = torch.ones(PROBE, PROBE), torch.ones(PROBE, PROBE)
-    fastest, started = math.inf, time.perf_counter()
-    while time.perf_counter() - started < PROBE_SECONDS:
-        begun = time.perf_counter()
+    fastest, started = math.inf, time.thread_time()
+    while time.thread_time() - started < PROBE_SECONDS:
+        begun = time.thread_time()
         torch.mm(left, right)
-        fastest = min(fastest, time.perf_counter() - begun)
+        fastest = min(fastest, time.thread_time() - begun)
     return 2.0 * PROBE**3 / fastest

@@ -242,6 +242,10 @@ class QuantizeOptions:
                 f"assistant_only: the text {self.calibration.value} has no conversations: give a "
                 "file or a data set with `messages`"
             )
+        if self.tune is not None and self.calibration is CalibrationSource.SELF:
+            raise OptionError(
+                "tuning needs more text than the model writes itself: give a text file"
+            )
         self._check_limits()
         for pattern in self.ignore:
             Override(pattern, FLOAT_BITS)

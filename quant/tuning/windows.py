@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qserve.quant.errors import CalibrationError, OptionError
+from qserve.quant.errors import CalibrationError
 from qserve.quant.formats.checkpoint import Checkpoint
-from qserve.quant.options import CalibrationSource, QuantizeOptions
+from qserve.quant.options import QuantizeOptions
 from qserve.quant.window_text import read_window_text
 from qserve.quant.windows import Windows
 
@@ -27,11 +27,8 @@ def gather_windows(model: Checkpoint, options: QuantizeOptions) -> TuningWindows
     """The windows that quantization leaves of the same text.
 
     The last ones are held back: what is learned is judged on other pages. model: whose tokenizer
-    counts. Raises ``OptionError`` for self-written text, which has no more windows than were asked
-    for, and ``CalibrationError`` for a text that is too short.
+    counts. Raises ``CalibrationError`` for a text that is too short.
     """
-    if options.calibration is CalibrationSource.SELF:
-        raise OptionError("tuning needs more text than the model writes itself: give a text file")
     text = read_window_text(model.folder, options)
     unused = text.left
     if len(unused) < MIN_WINDOWS:

@@ -73,6 +73,16 @@ def test_tuning_is_foretold_with_the_rest(tiny_llama: Path, tiny_options: Quanti
     assert foretell(TuneOptions(minutes=20, steps=10**9)).seconds > 1200
 
 
+def test_a_long_text_takes_memory_while_it_is_tokenized(
+    tiny_llama: Path, tiny_options: QuantizeOptions, tmp_path: Path
+) -> None:
+    text = tmp_path / "long.txt"
+    with text.open("wb") as file:
+        file.truncate(2**30)
+    decoder = Decoder(Checkpoint(tiny_llama))
+    assert estimate(decoder, replace(tiny_options, calibration=text)).memory_bytes > 50 * 2**30
+
+
 def test_a_model_of_which_only_headers_are_there_can_be_planned(
     tiny_llama: Path, tiny_options: QuantizeOptions, tmp_path: Path
 ) -> None:

@@ -252,16 +252,16 @@ def test_a_text_with_nothing_left_is_refused(tiny_llama: Path, options: Quantize
     assert 1 <= len(few.held_back) < MAX_HELD_BACK
     with pytest.raises(CalibrationError, match="leaves 0 windows to tune"):
         gather_windows(Checkpoint(tiny_llama), replace(options, num_samples=10_000))
-    with pytest.raises(OptionError, match="give a text file"):
-        gather_windows(Checkpoint(tiny_llama), replace(options, calibration=CalibrationSource.SELF))
 
 
-def test_tuning_needs_an_end() -> None:
+def test_tuning_needs_an_end_and_more_text_than_a_model_writes() -> None:
     with pytest.raises(OptionError, match="give minutes or steps"):
         TuneOptions()
     for wrong in ({"minutes": 0.0}, {"minutes": -1.0}, {"steps": 0}):
         with pytest.raises(OptionError, match="expected"):
             TuneOptions(**wrong)
+    with pytest.raises(OptionError, match="give a text file"):
+        QuantizeOptions(calibration=CalibrationSource.SELF, tune=TuneOptions(steps=1))
 
 
 def test_only_what_counts_is_learned_from(subject: Subject) -> None:
