@@ -18,6 +18,7 @@ from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.quant.options import Head, KvCache, Method, QuantizeOptions, TuneOptions
 from qserve.quant.pipeline import quantize
 from qserve.quant.progress import ignore_progress
+from qserve.quant.tuning.costs import TuningCosts
 
 MakeLlama = Callable[..., Path]
 
@@ -60,17 +61,31 @@ def test_layers_that_a_group_size_does_not_divide_are_named(
         estimate(decoder, replace(tiny_options, group_size=64))
 
 
-def test_tuning_is_foretold_with_the_rest(tiny_llama: Path, tiny_options: QuantizeOptions) -> None:
+def test_tuning_is_foretold_with_the_rest(
+    tiny_llama: Path, tiny_options: QuantizeOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def foretell(tune: TuneOptions | None) -> Estimate:
         return estimate(Decoder(Checkpoint(tiny_llama)), replace(tiny_options, tune=tune))
 
     alone = foretell(None)
     timed = foretell(TuneOptions(minutes=20))
     assert 1200 < timed.seconds < 1200 + 10 * alone.seconds
-    assert timed.memory_bytes > alone.memory_bytes  # of a small model tuning takes more
     few, many = (foretell(TuneOptions(minutes=20, steps=steps)) for steps in (10, 1000))
     assert few.seconds < many.seconds < timed.seconds
     assert foretell(TuneOptions(minutes=20, steps=10**9)).seconds > 1200
+    monkeypatch.setattr(TuningCosts, "memory_bytes", 10**12)
+    assert alone.memory_bytes < 10**12 < foretell(TuneOptions(steps=1)).memory_bytes
+
+
+def test_tuning_takes_memory_for_scales_tables_and_hidden_states(tiny_llama: Path) -> None:
+    def memory(length: int, num_scales: int) -> int:
+        return TuningCosts(decoder, length, num_scales, (1000, 2000)).memory_bytes
+
+    decoder = Decoder(Checkpoint(tiny_llama))
+    table = decoder.config.vocab_size * decoder.config.hidden_size
+    assert memory(64, 0) > 2 * 4 * table
+    assert memory(64, 1000) == memory(64, 0) + 28_000
+    assert memory(1024, 0) > memory(64, 0)
 
 
 def test_a_long_text_takes_memory_while_it_is_tokenized(
