@@ -15,6 +15,7 @@ def telling_what_is_kept(output: Path, key: str, restart: bool) -> Iterator[None
 
     key: of the run, as ``publish_resumable`` has it.
     """
+    from qserve.quant.errors import OutputError
     from qserve.quant.output import has_other_work, kept_work
 
     if kept_work(output, key) is not None and not restart:
@@ -26,6 +27,8 @@ def telling_what_is_kept(output: Path, key: str, restart: bool) -> Iterator[None
         )
     try:
         yield
+    except OutputError:
+        raise  # it says so itself, or another run is at work there
     except BaseException:
         kept = kept_work(output, key)
         if kept is not None:

@@ -108,6 +108,11 @@ class Overrides:
         named = {name: one.reason for one in matching for name in names if one.matches(name)}
         return Wish(bits[-1] if bits else None, group_sizes[-1] if group_sizes else None, named)
 
+    def grant(self, name: str) -> None:
+        """Count patterns as used that ask for 16 bits for this layer, which has them anyway."""
+        asking = (one for one in self._overrides if one.bits == FLOAT_BITS)
+        self._used.update(one for one in asking if one.matches(name))
+
     @property
     def unused(self) -> list[str]:
         """The patterns that matched nothing so far."""

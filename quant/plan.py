@@ -87,10 +87,13 @@ def make_plan(decoder: Decoder, options: QuantizeOptions) -> Plan:
             if not left:
                 wishes[index, layer_set.name] = linears, wish
             notes |= dict.fromkeys(_notes(linears, wish, layer_set.is_router))
+    if options.head is Head.FLOAT:
+        overrides.grant(HEAD)
     if overrides.unused:
+        like = block_name(0, decoder.skeleton(0).stages[0].linears[0])
         raise OptionError(
-            f"{overrides.unused[0]!r} matches no linear layer: names look like "
-            f"{block_name(0, decoder.skeleton(0).stages[0].linears[0])}"
+            f"{overrides.unused[0]!r} matches no linear layer of a block: names look like {like} "
+            f"(bits of {HEAD} are the option head's)"
         )
     if not wishes:
         raise OptionError(

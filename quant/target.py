@@ -94,8 +94,9 @@ class Target:
         if not fitting:
             smallest = min(self.group_sizes)
             return f"{layer.in_features} inputs, the format needs a multiple of {smallest}"
-        spec = self.spec(self.levels.bits, fitting[-1])
-        return self.refuse_scheme(spec.scheme(layer))
+        specs = [self.spec(self.levels.bits, size) for size in fitting]
+        refusals = [self.refuse_scheme(spec.scheme(layer)) for spec in specs]
+        return None if None in refusals else refusals[-1]
 
     def refuse_mixture(
         self, schemes: Mapping[str, LayerScheme], ignored: Sequence[str]

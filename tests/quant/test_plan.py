@@ -11,8 +11,10 @@ import pytest
 from qserve.quant.decoder import Decoder
 from qserve.quant.errors import OptionError
 from qserve.quant.formats.checkpoint import Checkpoint
+from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.grid import LevelSet
-from qserve.quant.options import Method, QuantizeOptions
+from qserve.quant.options import Head, Method, QuantizeOptions
+from qserve.quant.overrides import Override
 from qserve.quant.plan import Plan, make_plan
 from qserve.quant.target import StageSpec
 
@@ -82,6 +84,21 @@ def test_a_group_size_that_the_format_does_not_have_is_refused_with_those_it_has
 def test_an_ignore_that_matches_nothing_is_a_mistake(tiny_llama: Path) -> None:
     with pytest.raises(OptionError, match=r"'lm_heads' matches no linear layer"):
         plan_for(tiny_llama, ignore=("lm_heads",))
+
+
+def test_the_output_head_may_be_ignored_where_it_stays_in_16_bits(tiny_llama: Path) -> None:
+    usual = plan_for(tiny_llama)
+    assert plan_for(tiny_llama, ignore=("lm_head",)) == usual
+    assert plan_for(tiny_llama, overrides=(Override("lm_head", 16),)) == usual
+    contradiction = {"method": Method.GPTQ, "head": Head.INT8, "ignore": ("lm_head",)}
+    for options in (contradiction, {"overrides": (Override("lm_head", 4),)}):
+        with pytest.raises(OptionError, match="bits of lm_head are the option head's"):
+            plan_for(tiny_llama, **options)
+
+
+def test_a_layer_fits_a_format_when_one_of_the_method_s_groups_does(tiny_llama: Path) -> None:
+    plan = plan_for(tiny_llama, method=Method.INT8, output=OutputFormat.BITSANDBYTES)
+    assert plan.group_size == -1 and not plan.skipped
 
 
 def test_ignoring_everything_is_a_mistake(tiny_llama: Path) -> None:

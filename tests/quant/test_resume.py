@@ -212,13 +212,21 @@ def test_nothing_is_kept_of_a_run_that_would_end_the_same_way_again(
 
 
 def test_a_full_disk_keeps_what_is_finished_and_says_so(
-    deep_llama: Path, tiny_options: QuantizeOptions, tmp_path: Path
+    deep_llama: Path,
+    tiny_options: QuantizeOptions,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, options = tmp_path / "out", replace(tiny_options, method=Method.RTN)
     full = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(OutputError, match=r"what is finished is kept in .*\.partial"):
+    key = run_key(Checkpoint(deep_llama), options)
+    with (
+        pytest.raises(OutputError, match=r"what is finished is kept in .*\.partial"),
+        telling_what_is_kept(out, key, restart=False),
+    ):
         run(deep_llama, out, options, stop=(2, full))
-    assert kept_work(out, run_key(Checkpoint(deep_llama), options)) is not None
+    assert capsys.readouterr().err == "", "the error says it"
+    assert kept_work(out, key) is not None
     assert run(deep_llama, out, options) == [3]
 
 
