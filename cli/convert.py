@@ -87,6 +87,7 @@ def _summarize(report: ConversionReport, output: Path | None) -> dict[str, Any]:
         "num_changed_layers": report.num_changed,
         "relative_error": report.error,
         "drops_activations": report.drops_activations,
+        "drops_cache_scales": report.drops_cache_scales,
         "layers": [
             {
                 "name": layer.name,
@@ -114,4 +115,6 @@ def _print_report(report: ConversionReport) -> None:
         rows.append(("largest error of a layer", f"{worst.error:.2e} ({worst.name})"))
     if report.drops_activations:
         rows.append(("activations", "8 bits in the source; the result leaves them in 16"))
+    if report.drops_cache_scales:
+        rows.append(("scales of keys and values", "left out: the result cannot state them"))
     print_table("conversion", ("", ""), rows)

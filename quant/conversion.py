@@ -54,14 +54,15 @@ class ConvertedLayer:
 class ConversionReport:
     """What a conversion does to the weights, measured.
 
-    source: the format before. drops_activations: the source was made for quantized activations,
-    which the result does not state.
+    source: the format before. drops_activations, drops_cache_scales: the source was made for
+    quantized activations, has scales of keys and values, which the result does not state.
     """
 
     source: str
     target: str
     layers: tuple[ConvertedLayer, ...]
     drops_activations: bool
+    drops_cache_scales: bool
 
     @property
     def num_changed(self) -> int:
@@ -109,19 +110,20 @@ class Conversion:
         for number, name in enumerate(self._packed, 1):
             layers.append(self._measure(name))
             advance(number)
-        is_made_for_activations = self._checkpoint.activations is not None
+        states_all = self._output is OutputFormat.COMPRESSED_TENSORS
         return ConversionReport(
             source=self._checkpoint.method or self._dtype,
             target=self._target,
             layers=tuple(layers),
-            drops_activations=is_made_for_activations
-            and self._output is not OutputFormat.COMPRESSED_TENSORS,
+            drops_activations=self._checkpoint.activations is not None and not states_all,
+            drops_cache_scales=bool(_cache_scales_in(self._checkpoint)) and not states_all,
         )
 
     def write(self, out: Path, report: ConversionReport, advance: Advance) -> None:
         """Write the checkpoint into the existing, empty folder ``out``. report: of ``measure``."""
         packed = {name: number for number, name in enumerate(self._packed, 1)}
         keys = () if self._checkpoint.format is None else self._checkpoint.format.keys
+        dropped = set(_cache_scales_in(self._checkpoint) if report.drops_cache_scales else ())
         with ShardWriter(out, DEFAULT_SHARD_BYTES) as files:
             for module, ends in self._checkpoint.modules.items():
                 if module in packed:
@@ -129,8 +131,8 @@ class Conversion:
                         files.add(f"{module}.{key}", tensor)
                     advance(packed[module])
                 for end in ends:
-                    if module not in packed or end not in keys:
-                        name = f"{module}.{end}".lstrip(".")
+                    name = f"{module}.{end}".lstrip(".")
+                    if name not in dropped and (module not in packed or end not in keys):
                         files.add(name, self._as_stored(self._checkpoint.tensor(name)))
             files.finish()
         block = self._config_block({layer.name: layer.scheme for layer in report.layers})
@@ -234,9 +236,14 @@ class Conversion:
         return stored
 
 
+def _cache_scales_in(checkpoint: Checkpoint) -> list[str]:
+    """The tensors with scales of keys and values."""
+    return [name for name in checkpoint if name.endswith((".k_scale", ".v_scale"))]
+
+
 def _kv_cache_of(checkpoint: Checkpoint) -> KvCacheScheme | None:
     """The scheme of key-value scales that are stored beside the layers."""
-    scales = [name for name in checkpoint if name.endswith((".k_scale", ".v_scale"))]
+    scales = _cache_scales_in(checkpoint)
     if not scales:
         return None
     stated = (checkpoint.quantization_config or {}).get("kv_cache_scheme") or {}

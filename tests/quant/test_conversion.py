@@ -192,7 +192,11 @@ def test_activations_and_key_value_scales_stay_where_they_can_be_stated(tmp_path
     assert block["kv_cache_scheme"]["type"] == "float"
     assert block["ignore"] == ["model.router", "lm_head"]
     assert found.tensor("model.layers.0.self_attn.k_scale").item() == 0.5
-    assert Conversion(source, "gptq", "test").measure(nothing).drops_activations
+    assert not report.drops_cache_scales
+    for target in ("gptq", "bf16"):
+        other, report = convert(source, target, tmp_path / target)
+        assert report.drops_activations and report.drops_cache_scales
+        assert [name for name in other if "_scale" in name] == []
 
 
 def test_what_has_no_codes_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
