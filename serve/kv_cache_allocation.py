@@ -28,7 +28,7 @@ def plan_kv_cache(model: LlamaConfig, config: EngineConfig, free_bytes: int) -> 
 
     Useful is what ``max_num_seqs`` requests of full length hold. Raises ``StartupError`` when the
     context length asked for is longer than the model's, ``KVCacheTooSmall`` when one request of it
-    does not fit; a context length that was not asked for is lowered instead.
+    or one block does not fit; a context length that was not asked for is lowered instead.
     """
     asked = config.max_model_len
     if asked is not None and not 1 < asked <= model.max_positions:
@@ -39,10 +39,15 @@ def plan_kv_cache(model: LlamaConfig, config: EngineConfig, free_bytes: int) -> 
     block_bytes = bytes_per_token(model, config) * config.block_size
     budget = config.kv_cache_bytes or max(0, int(free_bytes * SHARE_OF_FREE_MEMORY))
     affordable = budget // block_bytes
+    if not affordable:
+        raise KVCacheTooSmall(
+            f"A block of {config.block_size} tokens needs {block_bytes:,} bytes of KV cache and "
+            f"there are {budget:,}: give the KV cache more memory, or set a smaller block_size."
+        )
     per_request = -(-max_model_len // config.block_size)
     if affordable < per_request:
         fitting = affordable * config.block_size
-        if asked or not affordable:
+        if asked:
             raise KVCacheTooSmall(
                 f"A request of {max_model_len} tokens needs {per_request * block_bytes >> 20} MiB "
                 f"of KV cache and there are {budget >> 20} MiB: set max_model_len to {fitting} or "
