@@ -126,23 +126,16 @@ def error(out: torch.Tensor, batch: Batch) -> float:
     """The largest difference from the definition, in steps of the dtype at the size of the values
     (up to 3.5).
 
-    Weights, or their products with scales, are rounded to the dtype before they meet the values;
-    rotated queries are rounded too; one last rounding. An int8 code is a hundredth of the values,
-    ten steps of float16.
+    Each of these rounds by at most half a unit in the last place, and what it does is seen rotated
+    back, where no value is above 3.5: weights, or their products with scales, before they meet the
+    values (half a step); weights before they are summed (half a step); rotated queries (less than a
+    fifth, found); the output (half a step). They are independent: 0.4 was found at most, in any
+    format at any size of head. Float32 and the definition itself add 0.0005 (found in float64).
     """
     expected = torch.empty(batch.q.shape)
     reference.paged_attention(batch.q.float(), batch.kv, *batch.lengths, batch.scoring, expected)
     step = torch.finfo(batch.q.dtype).eps * 3.5
     return float(((out.float() - expected).abs() / step).nan_to_num(nan=1e9).max())
-
-
-def steps_allowed(format: KvFormat, head_dim: int) -> float:
-    """How large ``error`` may be.
-
-    For int4 the mean of a head gathers in one rotated channel: the range of the codes, and with it
-    what rounding does to sums over them, grows with the root of the size.
-    """
-    return head_dim**0.5 / 4 if format is KvFormat.INT4 else 1.0
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
@@ -181,8 +174,7 @@ def test_every_head_dimension_over_every_format(
         format = KvFormat.BFLOAT16
     batch = make_batch([1, 9, 1], [40, 20, 17], format, dtype, (6, 2, head_dim))
     for parallel in (True, False):
-        found = error(attend(batch, make_launch(batch, parallel=parallel)), batch)
-        assert found < steps_allowed(format, head_dim)
+        assert error(attend(batch, make_launch(batch, parallel=parallel)), batch) < 1
 
 
 @pytest.mark.parametrize(("window", "parallel"), [(1, True), (16, False), (17, True)])
@@ -243,8 +235,18 @@ def test_a_code_or_number_that_changes_is_noticed(name: str) -> None:
     assert error(out, batch) > 1
 
 
-def test_an_int8_code_off_by_one_is_noticed() -> None:
-    batch = make_batch([1], [1], KvFormat.INT8)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_the_mean_of_a_large_head_is_no_less_exact(parallel: bool) -> None:
+    # It gathers in one rotated element, and the offsets of the others make up for its range.
+    batch = make_batch([1, 3], [40, 17], KvFormat.INT4, BRAIN, (2, 1, 256))
+    assert error(attend(batch, make_launch(batch, parallel=parallel)), batch) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "head_dim"), [(KvFormat.INT8, HALF, 16), (KvFormat.INT4, BRAIN, 256)]
+)
+def test_a_code_off_by_one_is_noticed(format: KvFormat, dtype: torch.dtype, head_dim: int) -> None:
+    batch = make_batch([1], [1], format, dtype, (4, 2, head_dim))
     out = attend(batch, make_launch(batch, parallel=True, blocks_per_segment=1))
     batch.kv.v[int(batch.lengths[0][0, 0]), :, 0] ^= 1
     assert error(out, batch) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -24,13 +25,13 @@ OFF: dict[str, float] = {
 }
 
 
-def make_batch(uniforms: list[float], **settings: float) -> SamplingBatch:
-    """Rows with the same settings."""
+def make_batch(uniforms: list[float], **settings: float | tuple[float, ...]) -> SamplingBatch:
+    """A row for each of ``uniforms``. settings: a number for all rows, or one for each."""
     vectors: dict[str, Any] = {
-        name: torch.full(
-            (len(uniforms),), value, dtype=torch.int32 if name == "top_k" else torch.float32
-        )
-        for name, value in (OFF | settings).items()
+        name: torch.tensor(value, dtype=torch.int32 if name == "top_k" else torch.float32)
+        .expand(len(uniforms))
+        .contiguous()
+        for name, value in {**OFF, **settings}.items()
     }
     return SamplingBatch(uniforms=torch.tensor(uniforms, dtype=torch.float64), **vectors)
 
@@ -68,16 +69,15 @@ def test_the_tokens_are_those_of_the_definition(settings: dict[str, float]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
-@pytest.mark.parametrize("top_k", [0, 2, 300])
-@pytest.mark.parametrize("top_p", [1.0, 0.3, 0.99])
-@pytest.mark.parametrize("min_p", [0.0, 0.3])
-def test_settings_combine(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+def test_settings_combine_and_differ_from_row_to_row() -> None:
+    choices = ([0.1, 1.0, 3.0], [0, 2, 300], [1.0, 0.3, 0.99], [0.0, 0.3])
+    rows = 2 * list(itertools.product(*choices))
+    names = ("temperature", "top_k", "top_p", "min_p")
     # Not 0 itself: there the definition takes a token of 1e-41, which the integers of the kernel
     # count as none.
-    uniforms = [(i + 0.5) / 7 for i in range(7)]
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    found, expected = draw_both(make_logits(7), make_batch(uniforms, **settings))
+    uniforms = [(37 * i % len(rows) + 0.5) / len(rows) for i in range(len(rows))]
+    batch = make_batch(uniforms, **dict(zip(names, zip(*rows, strict=True), strict=True)))
+    found, expected = draw_both(make_logits(len(rows)), batch)
     assert found == expected
 
 
