@@ -49,7 +49,11 @@ PINS = {
 }
 ENVIRONMENTS = (
     Environment(("autoawq", "gptqmodel"), "conformance_requirements.txt"),
-    Environment(("compressed-tensors", "bitsandbytes"), "conformance_requirements.txt"),
+    Environment(
+        ("compressed-tensors", "bitsandbytes"),
+        "conformance_requirements_compressed_tensors.txt",
+        resolves=True,
+    ),
     Environment(("auto-gptq",), "conformance_requirements_auto_gptq.txt"),
     Environment(("llm-compressor",), "conformance_requirements_llm_compressor.txt", resolves=True),
     # The plugin asks for vLLM by the name of its build for GPUs.

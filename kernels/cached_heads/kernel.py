@@ -1,4 +1,5 @@
-"""Device functions on the heads of a paged cache: keys as scores, and the halves of 4-bit heads.
+"""Device functions on the heads of a paged cache: keys as scores, sums of values, and the halves of
+4-bit heads.
 
 A row of a 4-bit cache holds a head as two halves, in the low and the high nibbles of its bytes, and
 is rotated. Queries are rotated and cut alike; results are put together again.
@@ -66,6 +67,36 @@ def score_keys(
         key_offsets = tl.load(offset_ptr + slots).to(tl.float32)[None, :]
         scores = tl.fma(query_sums, key_offsets, scores)
     return scores
+
+
+@triton.jit
+def weigh_values(
+    state, p, decay, values, scale_ptr, offset_ptr, slots, is_written, DTYPE: tl.constexpr,
+    MASKED: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """``state`` times ``decay``, with the ``values`` of a block weighted by ``p [rows, block]``.
+
+    state: the sums of values, of their upper halves and of their offsets. slots: where the scales
+    and offsets of the block are, if there are any; if MASKED, read only where ``is_written``.
+    """
+    sums, high_sums, offset_sums = state
+    if scale_ptr is not None:
+        scales = load_rows(scale_ptr + slots, is_written, MASKED).to(tl.float32)
+        p *= scales[None, :]
+    weights = p.to(DTYPE)
+    if offset_ptr is not None:
+        # In units of codes an offset meets the rounded weight that the codes meet. With the exact
+        # one, a part that most codes have and the offset takes away again would not go away:
+        # rotated back, that is an error in one element, sqrt(head_dim) times as large.
+        offsets = load_rows(offset_ptr + slots, is_written, MASKED).to(tl.float32)
+        zero_codes = offsets / tl.where(is_written, scales, 1.0)
+        offset_sums = tl.fma(weights.to(tl.float32), zero_codes[None, :], offset_sums * decay)
+        low, high = convert_int4(values, DTYPE, PTX)
+        sums = tl.dot(weights, low, sums * decay)
+        high_sums = tl.dot(weights, high, high_sums * decay)
+    else:
+        sums = tl.dot(weights, convert_codes(values, DTYPE, PTX), sums * decay)
+    return sums, high_sums, offset_sums
 
 
 @triton.jit

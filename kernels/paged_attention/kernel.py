@@ -6,8 +6,7 @@ each has a maximum and a sum of its own, and segments are merged in order, in re
 second kernel: a row goes through the same arithmetic in every launch.
 
 Codes of a quantized cache become 16-bit floats as they are. The scale of a key multiplies its
-column of scores, that of a value its column of weights; a 4-bit offset joins as a term of its own,
-with the query and the weight as they were rounded for the codes.
+column of scores, that of a value its column of weights; a 4-bit offset joins as a term of its own.
 """
 
 # Triton is untyped: its decorators, and what a kernel's arguments are.
@@ -26,8 +25,8 @@ from qserve.kernels.cached_heads.kernel import (
     join_halves,
     load_rows,
     score_keys,
+    weigh_values,
 )
-from qserve.kernels.code_conversion.kernel import convert_codes, convert_int4
 from qserve.kernels.gpu_target import gpu_target
 from qserve.kernels.hadamard.kernel import rotate_tile
 from qserve.kernels.kv_cache import KvFormat, LayerCache
@@ -310,22 +309,10 @@ def _attend(
         decay, maxima = tl.exp2(maxima - highest)[:, None], highest
         p = tl.exp2(tl.fma(scores, factor, -highest[:, None]))
         weights = tl.dot(p.to(dtype), tl.full((BLOCK_SIZE, 16), 1.0, dtype), weights * decay)
-        if v_scale_ptr is not None:
-            value_scales = load_rows(v_scale_ptr + slots, is_written, MASKED).to(tl.float32)
-            p *= value_scales[None, :]
-        rounded = p.to(dtype)
-        if HALVES:
-            # In units of codes an offset meets the rounded weight that the codes meet. With the
-            # exact one, a part that most codes have and the offset takes away again would not go
-            # away: rotated back, that is an error in one element, sqrt(head_dim) times as large.
-            value_offsets = load_rows(v_offset_ptr + slots, is_written, MASKED).to(tl.float32)
-            zero_codes = value_offsets / tl.where(is_written, value_scales, 1.0)
-            offset_sums = tl.fma(rounded.to(tl.float32), zero_codes[None, :], offset_sums * decay)
-            low, high = convert_int4(values, dtype, PTX)
-            sums = tl.dot(rounded, low, sums * decay)
-            high_sums = tl.dot(rounded, high, high_sums * decay)
-        else:
-            sums = tl.dot(rounded, convert_codes(values, dtype, PTX), sums * decay)
+        sums, high_sums, offset_sums = weigh_values(
+            (sums, high_sums, offset_sums), p, decay, values, v_scale_ptr, v_offset_ptr, slots,
+            is_written, dtype, MASKED, PTX,
+        )  # fmt: skip
         if MERGE:  # noqa: SIM102 - the outer condition is decided at compile time
             if (block + 1) % SEGMENT_BLOCKS == 0:
                 state = close_state((sums, high_sums, offset_sums, weights, maxima), HALVES)

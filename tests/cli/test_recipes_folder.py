@@ -58,7 +58,9 @@ def test_a_recipe_of_the_project_runs(
 def test_a_recipe_of_the_project_keeps_its_limits_on_the_demo_model(
     path: Path, demo_model: Path, tmp_path: Path, qserve: Callable[..., Any]
 ) -> None:
-    smaller = write_with_less_text(path, tmp_path, {"samples": 16}, {"windows": 8})
+    smaller = write_with_less_text(
+        path, tmp_path, {"samples": 8, "seq_len": 256}, {"windows": 4, "seq_len": 256}
+    )
     done = qserve("run", smaller, "--model", demo_model, "-o", tmp_path / "out")
     assert done.code == ExitCode.OK, done.out + done.err
     shutil.rmtree(tmp_path / "out")
@@ -72,4 +74,4 @@ def test_every_recipe_is_described_and_the_pipelines_name_one_that_exists() -> N
         assert f"qserve run {path.name}" in path.read_text()
     for pipeline in (folder / "ci").iterdir():
         assert yaml.safe_load(pipeline.read_text())
-        assert "qserve run recipes/awq.yaml" in pipeline.read_text()
+        assert 'qserve run recipes/awq.yaml --model "$MODEL" -o out/model' in pipeline.read_text()
