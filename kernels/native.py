@@ -10,8 +10,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import torch
-
 ABI_VERSION = 5
 """What ``_cpu.abi_version()`` must answer: an extension left over from other sources is not
 called."""
@@ -58,17 +56,6 @@ def extension() -> Any:
     if loaded.module is None:
         raise RuntimeError(loaded.failure)
     return loaded.module
-
-
-@cache
-def float_type(dtype: torch.dtype) -> Any:
-    """The extension's name for float32, float16 or bfloat16."""
-    names = {
-        torch.float32: "FLOAT32",
-        torch.float16: "FLOAT16",
-        torch.bfloat16: "BFLOAT16",
-    }
-    return getattr(extension().FloatType, names[dtype])
 
 
 def isa() -> str:

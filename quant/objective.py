@@ -69,11 +69,6 @@ def output_errors(difference: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     )
 
 
-def rescale(gram: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix ``[K, K]`` of the inputs divided by ``scale [K]``."""
-    return gram / scale / scale[:, None]
-
-
 def diagonal_blocks(gram: torch.Tensor, group_size: int) -> torch.Tensor:
     """The blocks of H ``[K, K]``, one a group: ``[K / group_size, group_size, group_size]``."""
     num_groups = gram.shape[0] // group_size

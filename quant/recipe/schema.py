@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from qserve.quant.evaluate import DEFAULT_NUM_WINDOWS, DEFAULT_SEQ_LEN
 from qserve.quant.formats.registry import OutputFormat
 from qserve.quant.options import DEFAULT_SHARD_BYTES, Effort, Head, KvCache, Method
 from qserve.quant.quantities import parse_size
@@ -132,8 +133,8 @@ class EvaluateSection(Section):
     text: str = Field(
         default=TOPICS, description="A UTF-8 file, or `python-topics` (on every machine)."
     )
-    windows: int = Field(default=48, ge=1, description="Windows of text.")
-    seq_len: int = Field(default=512, ge=2, description="Tokens of a window.")
+    windows: int = Field(default=DEFAULT_NUM_WINDOWS, ge=1, description="Windows of text.")
+    seq_len: int = Field(default=DEFAULT_SEQ_LEN, ge=2, description="Tokens of a window.")
 
 
 class GatesSection(Section):

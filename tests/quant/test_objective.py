@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qserve.quant.objective import GramMatrix, diagonal_blocks, output_errors, rescale
+from qserve.quant.objective import GramMatrix, diagonal_blocks, output_errors
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -47,11 +47,6 @@ def test_an_input_that_never_fires_counts_as_an_average_one() -> None:
 
 def test_inputs_that_are_all_zero_count_alike() -> None:
     assert torch.equal(gram_of(torch.zeros(10, 4)), torch.eye(4))
-
-
-def test_rescaling_is_dividing_the_inputs() -> None:
-    inputs, scale = normal(50, 16), normal(16, seed=1).exp()
-    torch.testing.assert_close(rescale(gram_of(inputs), scale), gram_of(inputs / scale))
 
 
 def test_diagonal_blocks_are_the_gram_matrices_of_the_groups() -> None:
