@@ -1,4 +1,4 @@
-"""Fixtures of the HTTP tests: the application with a scripted engine, and real processes."""
+"""What tests of the engine and of HTTP share: greedy tokens, a scripted engine, real processes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from qserve.serve.admission import Admission
 from qserve.serve.app import create_app
 from qserve.serve.bridge import Bridge, Outputs
+from qserve.serve.engine import Engine
 from qserve.serve.errors import EngineDead
 from qserve.serve.messages import (
     AbortRequest,
@@ -31,6 +32,7 @@ from qserve.serve.messages import (
     FinishReason,
     NewTokens,
     RequestFailed,
+    SamplingParams,
     TokenLogprobs,
 )
 from qserve.serve.metrics import Metrics
@@ -354,3 +356,28 @@ def read_stream() -> Callable[[httpx.Response], Stream]:
 def message_of() -> Callable[[httpx.Response, int, str | None], str]:
     """``message_of(response, 400, "n")`` checks an error body and gives its message."""
     return refused
+
+
+@pytest.fixture(scope="session")
+def generate() -> Callable[..., list[tuple[int, ...]]]:
+    """Gives the tokens after each of some prompts, which an engine is handed all at once.
+
+    Called with the engine, the prompts and ``num_tokens``; greedy unless other parameters of
+    sampling are given by name.
+    """
+
+    def tokens_after(
+        engine: Engine, prompts: list[tuple[int, ...]], num_tokens: int, **params: Any
+    ) -> list[tuple[int, ...]]:
+        greedy = {"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
+        settings = SamplingParams(**(greedy | params))
+        for i, prompt in enumerate(prompts):
+            engine.add(AddRequest(str(i), prompt, settings, 0.0))
+        found: dict[str, tuple[int, ...]] = {}
+        while engine.has_work():
+            for output in engine.step():
+                assert isinstance(output, NewTokens), output
+                found[output.request_id] = found.get(output.request_id, ()) + output.token_ids
+        return [found[str(i)] for i in range(len(prompts))]
+
+    return tokens_after

@@ -45,23 +45,7 @@ DEMO_PROMPTS = (
 )
 
 MakeLlama = Callable[..., Path]
-
-
-def generate(
-    engine: Engine, prompts: list[tuple[int, ...]], num_tokens: int = NUM_TOKENS, **params: Any
-) -> list[tuple[int, ...]]:
-    """The tokens after each prompt, all prompts at once."""
-    settings = SamplingParams(
-        **({"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True} | params)
-    )
-    for i, prompt in enumerate(prompts):
-        engine.add(AddRequest(str(i), prompt, settings, 0.0))
-    found: dict[str, tuple[int, ...]] = {}
-    while engine.has_work():
-        for output in engine.step():
-            assert isinstance(output, NewTokens), output
-            found[output.request_id] = found.get(output.request_id, ()) + output.token_ids
-    return [found[str(i)] for i in range(len(prompts))]
+Generate = Callable[..., list[tuple[int, ...]]]
 
 
 def load(folder: Path, **changes: Any) -> Engine:
@@ -169,21 +153,21 @@ def tiny_awq(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     ],
 )
 def test_a_16_bit_model_gives_the_tokens_of_transformers(
-    make_tiny_llama: MakeLlama, variant: dict[str, Any]
+    make_tiny_llama: MakeLlama, variant: dict[str, Any], generate: Generate
 ) -> None:
     folder = make_tiny_llama(**variant)
-    found = generate(load(folder, kv_format=KvFormat.FLOAT32), PROMPTS)
+    found = generate(load(folder, kv_format=KvFormat.FLOAT32), PROMPTS, NUM_TOKENS)
     expect_tokens_of_transformers(folder, found)
     assert len(set(found)) > 4, "the model says the same whatever it is asked"
 
 
 @pytest.mark.parametrize("ignored", [(), ("k_proj", "up_proj", "layers.0.mlp.down_proj")])
 def test_an_awq_model_gives_the_tokens_of_its_dequantized_weights(
-    tiny_llama: Path, tmp_path: Path, ignored: tuple[str, ...]
+    tiny_llama: Path, tmp_path: Path, ignored: tuple[str, ...], generate: Generate
 ) -> None:
     packed = round_to_awq(tiny_llama, tmp_path / "packed", ignored)
     plain = round_to_awq(tiny_llama, tmp_path / "plain", ignored, dequantized=True)
-    found = generate(load(packed, head_dtype=HeadDtype.FLOAT, **EXACT), PROMPTS)
+    found = generate(load(packed, head_dtype=HeadDtype.FLOAT, **EXACT), PROMPTS, NUM_TOKENS)
     expect_tokens_of_transformers(plain, found)
 
 
@@ -210,21 +194,23 @@ def either(request: pytest.FixtureRequest, tiny_llama: Path, tiny_awq: Path) -> 
     return tiny_awq if request.param == "awq" else tiny_llama
 
 
-def test_a_prompt_alone_gives_the_tokens_it_gives_in_a_batch(either: Path) -> None:
+def test_a_prompt_alone_gives_the_tokens_it_gives_in_a_batch(
+    either: Path, generate: Generate
+) -> None:
     engine = load(either)
-    together = generate(engine, PROMPTS)
-    assert [generate(engine, [prompt])[0] for prompt in PROMPTS] == together
+    together = generate(engine, PROMPTS, NUM_TOKENS)
+    assert [generate(engine, [prompt], NUM_TOKENS)[0] for prompt in PROMPTS] == together
 
 
 @pytest.mark.parametrize("format", [KvFormat.FLOAT8, KvFormat.INT8, KvFormat.INT4])
 def test_a_quantized_cache_gives_the_same_tokens_alone_and_in_chunks(
-    format: KvFormat, tiny_awq: Path
+    format: KvFormat, tiny_awq: Path, generate: Generate
 ) -> None:
     engine = load(tiny_awq, kv_format=format)
-    together = generate(engine, PROMPTS)
-    assert [generate(engine, [prompt])[0] for prompt in PROMPTS] == together
+    together = generate(engine, PROMPTS, NUM_TOKENS)
+    assert [generate(engine, [prompt], NUM_TOKENS)[0] for prompt in PROMPTS] == together
     chunked = load(tiny_awq, kv_format=format, max_num_batched_tokens=8, max_num_seqs=8)
-    assert generate(chunked, PROMPTS) == together
+    assert generate(chunked, PROMPTS, NUM_TOKENS) == together
 
 
 @pytest.mark.parametrize(
@@ -244,37 +230,45 @@ def test_a_smaller_cache_changes_log_probabilities_by_its_rounding(
 
 
 @pytest.mark.parametrize("chunk", [8, 16, 64])
-def test_prompts_in_chunks_give_the_same_tokens(either: Path, chunk: int) -> None:
-    whole = generate(load(either), PROMPTS)
+def test_prompts_in_chunks_give_the_same_tokens(
+    either: Path, chunk: int, generate: Generate
+) -> None:
+    whole = generate(load(either), PROMPTS, NUM_TOKENS)
     chunked = load(either, max_num_batched_tokens=chunk, max_num_seqs=8)
-    assert generate(chunked, PROMPTS) == whole
+    assert generate(chunked, PROMPTS, NUM_TOKENS) == whole
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 64])
-def test_blocks_of_any_size_give_the_same_tokens(either: Path, block_size: int) -> None:
-    expected = generate(load(either), PROMPTS)
-    assert generate(load(either, block_size=block_size), PROMPTS) == expected
+def test_blocks_of_any_size_give_the_same_tokens(
+    either: Path, block_size: int, generate: Generate
+) -> None:
+    expected = generate(load(either), PROMPTS, NUM_TOKENS)
+    assert generate(load(either, block_size=block_size), PROMPTS, NUM_TOKENS) == expected
 
 
-def test_preempted_requests_give_the_same_tokens(either: Path) -> None:
-    expected = generate(load(either), PROMPTS)
+def test_preempted_requests_give_the_same_tokens(either: Path, generate: Generate) -> None:
+    expected = generate(load(either), PROMPTS, NUM_TOKENS)
     block_bytes = 16 * 2 * 2 * 2 * 16 * 2  # tokens, k and v, layers, heads, head_dim, float16
     scarce = load(either, max_model_len=160, kv_cache_bytes=12 * block_bytes)
-    assert generate(scarce, PROMPTS) == expected
+    assert generate(scarce, PROMPTS, NUM_TOKENS) == expected
     assert scarce.stats().num_preemptions > 2
 
 
-def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(either: Path) -> None:
+def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(
+    either: Path, generate: Generate
+) -> None:
     engine = load(either)
     params: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 11}
-    together = generate(engine, PROMPTS, **params)
-    assert [generate(engine, [prompt], **params)[0] for prompt in PROMPTS] == together
-    assert generate(engine, PROMPTS, **(params | {"seed": 12})) != together
+    together = generate(engine, PROMPTS, NUM_TOKENS, **params)
+    assert [generate(engine, [prompt], NUM_TOKENS, **params)[0] for prompt in PROMPTS] == together
+    assert generate(engine, PROMPTS, NUM_TOKENS, **(params | {"seed": 12})) != together
 
 
-def test_a_request_that_aborts_midway_does_not_disturb_the_others(either: Path) -> None:
+def test_a_request_that_aborts_midway_does_not_disturb_the_others(
+    either: Path, generate: Generate
+) -> None:
     engine = load(either)
-    expected = generate(engine, PROMPTS[:3])
+    expected = generate(engine, PROMPTS[:3], NUM_TOKENS)
     params = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
     engine.add(AddRequest("leaves", PROMPTS[5], params, 0.0))
     engine.step()
@@ -303,13 +297,15 @@ def test_the_models_end_tokens_come_from_both_of_its_configs(tiny_llama: Path) -
 
 
 @pytest.mark.slow
-def test_the_demo_model_gives_the_tokens_of_transformers(demo_model: Path) -> None:
+def test_the_demo_model_gives_the_tokens_of_transformers(
+    demo_model: Path, generate: Generate
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in DEMO_PROMPTS]
     engine = load(demo_model)
-    found = generate(engine, prompts)
+    found = generate(engine, prompts, NUM_TOKENS)
     expect_tokens_of_transformers(demo_model, found, prompts)
-    assert [generate(engine, [prompt])[0] for prompt in prompts] == found
+    assert [generate(engine, [prompt], NUM_TOKENS)[0] for prompt in prompts] == found
     for chunk in (16, 64):
         chunked = load(demo_model, max_num_batched_tokens=chunk, max_num_seqs=8)
-        assert generate(chunked, prompts) == found
+        assert generate(chunked, prompts, NUM_TOKENS) == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,11 +32,12 @@ from qserve.quant.formats.awq import AwqWriter
 from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.config import EngineConfig, HeadDtype
 from qserve.serve.engine import Engine
-from qserve.serve.messages import AddRequest, NewTokens, SamplingParams
 from qserve.serve.model_runner import ModelRunner
 from qserve.serve.models.mixture_config import read_mixtral_experts
 
 NUM_TOKENS = 40
+
+Generate = Callable[..., list[tuple[int, ...]]]
 GROUP_SIZE = 32
 TIE = 1e-3  # a smaller gap between the two best logits is decided by rounding
 SIZES: dict[str, Any] = {
@@ -103,18 +105,6 @@ def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     return folder
 
 
-def generate(engine: Engine, prompts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    for i, prompt in enumerate(prompts):
-        engine.add(AddRequest(str(i), prompt, params, 0.0))
-    found: dict[str, tuple[int, ...]] = {}
-    while engine.has_work():
-        for output in engine.step():
-            assert isinstance(output, NewTokens), output
-            found[output.request_id] = found.get(output.request_id, ()) + output.token_ids
-    return [found[str(i)] for i in range(len(prompts))]
-
-
 def expect_tokens_of_transformers(folder: Path, found: list[tuple[int, ...]]) -> None:
     """Fail unless each token is transformers' choice, or was within a tie of it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -156,35 +146,39 @@ def round_experts(source: Path, out: Path, packed: bool) -> Path:
     return out
 
 
-def test_a_16_bit_model_gives_the_tokens_of_transformers(model_folder: Path) -> None:
-    found = generate(Engine.from_checkpoint(model_folder, EXACT), PROMPTS)
+def test_a_16_bit_model_gives_the_tokens_of_transformers(
+    model_folder: Path, generate: Generate
+) -> None:
+    found = generate(Engine.from_checkpoint(model_folder, EXACT), PROMPTS, NUM_TOKENS)
     expect_tokens_of_transformers(model_folder, found)
     assert len(set(found)) == len(PROMPTS), "the model says the same whatever it is asked"
 
 
 def test_quantized_experts_give_the_tokens_of_their_dequantized_weights(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, generate: Generate
 ) -> None:
     packed = round_experts(model_folder, tmp_path / "packed", packed=True)
-    found = generate(Engine.from_checkpoint(packed, EXACT), PROMPTS)
+    found = generate(Engine.from_checkpoint(packed, EXACT), PROMPTS, NUM_TOKENS)
     expect_tokens_of_transformers(
         round_experts(model_folder, tmp_path / "plain", packed=False), found
     )
 
 
 def test_a_prompt_alone_gives_the_tokens_it_gives_in_a_batch(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, generate: Generate
 ) -> None:
     packed = round_experts(model_folder, tmp_path / "packed", packed=True)
     engine = Engine.from_checkpoint(packed, EngineConfig(max_model_len=128))
-    together = generate(engine, PROMPTS)
-    assert [generate(engine, [prompt])[0] for prompt in PROMPTS] == together
+    together = generate(engine, PROMPTS, NUM_TOKENS)
+    assert [generate(engine, [prompt], NUM_TOKENS)[0] for prompt in PROMPTS] == together
 
 
-def test_a_decode_step_of_mixtral_is_one_recorded_program(tmp_path: Path) -> None:
+def test_a_decode_step_of_mixtral_is_one_recorded_program(
+    tmp_path: Path, generate: Generate
+) -> None:
     make_mixtral().bfloat16().save_pretrained(tmp_path)
     engine = Engine.from_checkpoint(tmp_path, EXACT)
-    generate(engine, PROMPTS)
+    generate(engine, PROMPTS, NUM_TOKENS)
     runner = engine._runner
     assert isinstance(runner, ModelRunner)
     assert runner._records_programs and list(runner._programs) == [(len(PROMPTS), "largest")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,13 +17,14 @@ from qserve.quant.formats.checkpoint import Checkpoint
 from qserve.serve.block_manager import BlockManager
 from qserve.serve.config import EngineConfig
 from qserve.serve.engine import Engine
-from qserve.serve.messages import AddRequest, NewTokens, SamplingParams
 from qserve.serve.model_runner import ModelRunner
 from qserve.serve.models.registry import ARCHITECTURES, find_architecture
 from qserve.serve.scheduler import Scheduler
 
 VOCAB_SIZE = 256
 NUM_TOKENS = 24
+
+Generate = Callable[..., list[tuple[int, ...]]]
 TIE = 1e-3  # a smaller gap between the two best logits is decided by rounding
 PROMPTS = [tuple(Random(n).choices(range(3, VOCAB_SIZE), k=n)) for n in (1, 5, 17, 40)]
 SIZES: dict[str, Any] = {
@@ -132,32 +134,20 @@ def load(folder: Path) -> tuple[Engine, ModelRunner]:
     return Engine(runner, Scheduler(runner.limits, blocks), frozenset()), runner
 
 
-def generate(engine: Engine) -> list[tuple[int, ...]]:
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
-    for i, prompt in enumerate(PROMPTS):
-        engine.add(AddRequest(str(i), prompt, params, 0.0))
-    found: dict[str, tuple[int, ...]] = {}
-    while engine.has_work():
-        for output in engine.step():
-            assert isinstance(output, NewTokens), output
-            found[output.request_id] = found.get(output.request_id, ()) + output.token_ids
-    return [found[str(i)] for i in range(len(PROMPTS))]
-
-
 def name_of(case: tuple[str, dict[str, Any], dict[str, Any]]) -> str:
     return "-".join([case[0].removesuffix("ForCausalLM"), *list(case[1])[:2]])
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_a_random_model_gives_the_tokens_of_transformers(
-    case: tuple[str, dict[str, Any], dict[str, Any]], tmp_path: Path
+    case: tuple[str, dict[str, Any], dict[str, Any]], tmp_path: Path, generate: Generate
 ) -> None:
     architecture, changes, read = case
     model = write_model(tmp_path, architecture, changes)
     config = find_architecture(architecture).read_config(Checkpoint(tmp_path).config)
     assert {name: getattr(config, name) for name in read} == read
     engine, runner = load(tmp_path)
-    found = generate(engine)
+    found = generate(engine, PROMPTS, NUM_TOKENS)
     for prompt, tokens in zip(PROMPTS, found, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
