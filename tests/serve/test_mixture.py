@@ -36,8 +36,6 @@ from qserve.serve.model_runner import ModelRunner
 from qserve.serve.models.mixture_config import read_mixtral_experts
 
 NUM_TOKENS = 40
-
-Generate = Callable[..., list[tuple[int, ...]]]
 GROUP_SIZE = 32
 TIE = 1e-3  # a smaller gap between the two best logits is decided by rounding
 SIZES: dict[str, Any] = {
@@ -58,6 +56,8 @@ EXACT = EngineConfig(
     activations=Activations.FLOAT32,
     head_dtype=HeadDtype.FLOAT,
 )
+
+Generate = Callable[..., list[tuple[int, ...]]]
 
 
 def make_mixtral() -> PreTrainedModel:

@@ -23,8 +23,6 @@ from qserve.serve.scheduler import Scheduler
 
 VOCAB_SIZE = 256
 NUM_TOKENS = 24
-
-Generate = Callable[..., list[tuple[int, ...]]]
 TIE = 1e-3  # a smaller gap between the two best logits is decided by rounding
 PROMPTS = [tuple(Random(n).choices(range(3, VOCAB_SIZE), k=n)) for n in (1, 5, 17, 40)]
 SIZES: dict[str, Any] = {
@@ -109,6 +107,8 @@ CASES = [
     ),
 ]
 NATIVE = [case for case in CASES if case[0] != "Qwen2MoeForCausalLM"]
+
+Generate = Callable[..., list[tuple[int, ...]]]
 
 
 def write_model(folder: Path, architecture: str, changes: dict[str, Any]) -> Any:
