@@ -16,7 +16,10 @@ FLOAT_BYTES = 4
 BYTES_PER_SCALE = 28
 """Share, gradient, two moments, average, and the average at the best step and at this one."""
 
-LOGITS_AT_ONCE = 5
+LEFT_BYTES = 64 << 20
+"""Of what gradients leave between pieces that are in use, measured."""
+
+LOGITS_AT_ONCE = 6
 """Tables of logits that a divergence has in memory, see `tuning/divergence.py`."""
 
 COPIES_OF_A_BLOCK = 3
@@ -52,7 +55,8 @@ class TuningCosts:
         judging = 4 * MAX_HELD_BACK * window + 2 * self._head + self._logits
         received = (self._num_blocks * WINDOWS_AT_ONCE + TARGETS_AT_ONCE) * window
         learning = received + max(self._head + self._logits, COPIES_OF_A_BLOCK * self._block)
-        return FLOAT_BYTES * max(judging, learning) + BYTES_PER_SCALE * self._num_scales
+        moving = BYTES_PER_SCALE * self._num_scales
+        return FLOAT_BYTES * max(judging, learning) + moving + LEFT_BYTES
 
     def seconds(self, limit: TuneOptions, speed: float) -> float:
         """How long it goes on at the most, at so many operations a second."""

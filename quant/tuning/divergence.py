@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from qserve.quant.allocation import return_freed
 from qserve.quant.decoder import Decoder, OutputHead
 
 POSITIONS_AT_ONCE = 128
@@ -61,6 +62,11 @@ class Divergence:
         return total
 
     def _heads(self, arithmetic: torch.dtype) -> list[OutputHead]:
-        """Of the float model and of the tuned one."""
-        heads = (decoder.head() for decoder in self._decoders)
-        return [replace(head, weight=head.weight.to(arithmetic)) for head in heads]
+        """Of the float model and of the tuned one, in memory that the blocks before have left."""
+        return_freed()
+        heads = []
+        for decoder in self._decoders:
+            head = decoder.head()
+            heads.append(replace(head, weight=head.weight.to(arithmetic)))
+            decoder.checkpoint.unmap()
+        return heads
