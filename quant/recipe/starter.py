@@ -47,7 +47,7 @@ output:
 
 reports:
   # json: report.json
-  # markdown: report.md  # also appended to $GITHUB_STEP_SUMMARY
+  # markdown: report.markdown  # also appended to $GITHUB_STEP_SUMMARY
   # junit: report.xml
   html: report.html
 """
