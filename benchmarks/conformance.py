@@ -7,6 +7,7 @@ both directions, compares weights and logits, and writes the table of docs/confo
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -114,9 +115,7 @@ class Cell:
     @property
     def is_half(self) -> bool:
         """Whether the tool holds the weights in float16: from GEMV only its input is at hand."""
-        return self.peer in ("gptqmodel", "auto-gptq") or self.format.startswith(
-            ("pack-quantized", "gemv")
-        )
+        return self.peer == "gptqmodel" or self.format.startswith(("pack-quantized", "gemv"))
 
     @property
     def rounds(self) -> bool:
@@ -215,8 +214,10 @@ def find_limit(job: dict[str, str]) -> str:
 
 
 def shorten(message: str) -> str:
-    """One line of it, of bounded length, that may stand in a table."""
+    """The first sentence of it, without the names of exceptions: of bounded length, for a table."""
     line = " ".join(message.split()).replace("|", "/")
+    line = re.sub(r"^\w+Error: (\d+ validation errors? for \w+ Value error, )?", "", line)
+    line = re.split(r"\. | \[type=", line)[0]
     return line if len(line) <= MESSAGE_WIDTH else f"{line[:MESSAGE_WIDTH]}..."
 
 
