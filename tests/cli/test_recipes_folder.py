@@ -58,9 +58,7 @@ def test_a_recipe_of_the_project_runs(
 def test_a_recipe_of_the_project_keeps_its_limits_on_the_demo_model(
     path: Path, demo_model: Path, tmp_path: Path, qserve: Callable[..., Any]
 ) -> None:
-    smaller = write_with_less_text(
-        path, tmp_path, {"samples": 8, "seq_len": 256}, {"windows": 4, "seq_len": 256}
-    )
+    smaller = write_with_less_text(path, tmp_path, {"samples": 16}, {"windows": 4})
     done = qserve("run", smaller, "--model", demo_model, "-o", tmp_path / "out")
     assert done.code == ExitCode.OK, done.out + done.err
     shutil.rmtree(tmp_path / "out")
