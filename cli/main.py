@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from typing import Any
 import click
 
 from qserve.cli.errors import ExitCode, discard_output, report
+from qserve.cli.threads import limit_waiting
 
 DISTRIBUTION = "qserve-llm"
 PROGRAM = "qserve"
@@ -97,6 +99,7 @@ def run(arguments: Sequence[str]) -> ExitCode | int:
 
 def main() -> None:
     """Entry point of the console script."""
+    limit_waiting(os.environ)
     sys.exit(int(run(sys.argv[1:])))
 
 

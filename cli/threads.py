@@ -1,6 +1,8 @@
-"""The option --threads, the same for every command that computes on the CPU."""
+"""The option --threads, the same for every command that computes on the CPU, and how they wait."""
 
 from __future__ import annotations
+
+from collections.abc import MutableMapping
 
 import click
 
@@ -18,3 +20,11 @@ def use_threads(threads: int | None) -> None:
         import torch  # so that a wrong option or `--help` is answered before torch has loaded
 
         torch.set_num_threads(threads)
+
+
+def limit_waiting(environ: MutableMapping[str, str]) -> None:
+    """Let torch's threads wait for each other in sleep, not in a loop that takes the processor from
+    whom they wait for. Works until torch is imported; settings that are there are kept.
+    """
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault("GOMP_SPINCOUNT", "1000")  # microseconds; by default milliseconds
