@@ -131,14 +131,20 @@ def test_a_checkpoint_in_order_passes_and_engines_are_told(
     assert found["engines"][0]["loads"]
 
 
+def copy_with_scale(model: Path, folder: Path, scale: float) -> Path:
+    """A copy of a packed model in ``folder``, the first scale of a layer replaced."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.scales"][0, 0] = scale
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 def test_a_damaged_checkpoint_is_explained_and_mended(
     rtn_llama: Path, tmp_path: Path, qserve: Callable[..., Any]
 ) -> None:
-    broken, out = tmp_path / "broken", tmp_path / "out"
-    shutil.copytree(rtn_llama, broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.scales"][0, 0] = 0
-    save_file(tensors, broken / "model.safetensors")
+    broken = copy_with_scale(rtn_llama, tmp_path / "broken", 0.0)
+    out = tmp_path / "out"
     done = qserve("inspect", broken, "--check")
     assert done.code == ExitCode.MODEL
     assert "has 1 errors: see above" in done.err
@@ -168,11 +174,8 @@ def test_what_cannot_be_mended_leaves_no_copy(
 def test_errors_without_a_remedy_count_with_repair_too(
     rtn_llama: Path, tmp_path: Path, qserve: Callable[..., Any]
 ) -> None:
-    broken, out = tmp_path / "broken", tmp_path / "out"
-    shutil.copytree(rtn_llama, broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.scales"][0, 0] = torch.nan
-    save_file(tensors, broken / "model.safetensors")
+    broken = copy_with_scale(rtn_llama, tmp_path / "broken", torch.nan)
+    out = tmp_path / "out"
     done = qserve("inspect", broken, "--repair", out)
     assert done.code == ExitCode.MODEL
     assert "nothing can be mended: no copy is written" in done.err

@@ -369,6 +369,7 @@ def generate() -> Callable[..., list[tuple[int, ...]]]:
     def tokens_after(
         engine: Engine, prompts: list[tuple[int, ...]], num_tokens: int, **params: Any
     ) -> list[tuple[int, ...]]:
+        """A tuple of tokens for each prompt, in order."""
         greedy = {"max_tokens": num_tokens, "temperature": 0.0, "ignore_eos": True}
         settings = SamplingParams(**(greedy | params))
         for i, prompt in enumerate(prompts):
