@@ -27,12 +27,11 @@ from qserve.quant.options import QuantizeOptions
 from qserve.quant.plan import Plan, SkippedLayer, block_name, make_plan
 from qserve.quant.stacked_rows import NUMBERS_AT_ONCE
 from qserve.quant.steps import Rounding, Transform
-from qserve.quant.stored_size import PackedSizes, coded_head, unpacked_bytes
+from qserve.quant.stored_size import STORED_BYTES, PackedSizes, coded_head, unpacked_bytes
 from qserve.quant.target import Target, divides
 from qserve.quant.tuning.costs import TuningCosts
 
 FLOAT_BYTES = 4
-STORED_BYTES = 2
 
 TRANSFORM_WINDOWS = 8
 SEARCHED_CANDIDATES = 63

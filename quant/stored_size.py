@@ -16,7 +16,8 @@ from qserve.quant.inspection import dtype_bits
 from qserve.quant.output_head import LEVELS
 from qserve.quant.target import StageSpec
 
-FLOAT_BYTES = 2
+STORED_BYTES = 2
+"""Of a number that is no code: floats are written in 16 bits."""
 
 SAMPLE_ROWS = 256
 """In every format, so many rows more take a whole number of bytes more, always the same."""
@@ -75,7 +76,7 @@ def coded_head(scheme: LayerScheme) -> tuple[nn.Linear, StageSpec]:
 
 def float_bytes(layer: nn.Linear) -> int:
     """What the weight of a layer takes in 16 bits."""
-    return FLOAT_BYTES * layer.weight.numel()
+    return STORED_BYTES * layer.weight.numel()
 
 
 def is_written(decoder: Decoder, name: str) -> bool:
@@ -104,6 +105,6 @@ def unpacked_bytes(decoder: Decoder, packed: Collection[str]) -> dict[str, int]:
     for name in source:
         if name.removesuffix(".weight") not in packed and is_written(decoder, name):
             dtype = source.dtype(name)
-            width = FLOAT_BYTES if "F" in dtype else dtype_bits(dtype) // 8
+            width = STORED_BYTES if "F" in dtype else dtype_bits(dtype) // 8
             found[name] = width * math.prod(source.shape(name))
     return found
